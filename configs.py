@@ -1,0 +1,361 @@
+"""What to train. One frozen dataclass per concern, one `Config` per recipe, `--key=value` to change any of it.
+
+    python train.py --config=emoji --train.images=50_000 --optim.lr=1e-3
+    python train.py --help                      # every field, its comment, its default
+
+A bare section takes its first field (`--data=path/to/folder` is `--data.source=...`) and a bare field name works where
+only one section has it (`--teacher=...` is `--align.teacher=...`). Budgets and intervals count images seen, not steps.
+"""
+import dataclasses, difflib, inspect, json, re, sys, types, typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which blocks see only some of the image tokens. TREAD: `end` is a block, after which the kept tokens are put back
+    among the others. Lazy (deferred) masking: `end` is None, the others never return and the loss is taken on kept tokens."""
+    start: int = 2                  # first block that sees only kept tokens (0-based; blocks before it are the "mixer")
+    end: int | None = None          # last such block, inclusive, as in the TREAD paper's code; none = lazy masking
+    keep: float = 0.5               # share of image tokens kept
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str = "emoji"           # "emoji" (built in) or a folder: a.png + a.txt, or metadata.jsonl (file_name, text)
+    subset: str = "food,animals"    # of the built-in set: categories (food, animals, travel, objects, ...) or "all"
+    skin_tones: bool = False        # built-in set: add the 1,875 skin-tone variants
+    styles: str = "twemoji"         # built-in set: drawing styles, "twemoji" or "twemoji,openmoji" (named in the caption)
+    workers: int = 0                # loader processes per rank (0: in the training process; enough for the built-in set)
+    max_bad: float = 0.01           # stop when more than this share of a folder's images cannot be used
+
+
+@dataclass(frozen=True)
+class Text:
+    encoder: str = "bpe"            # "bpe": own byte-level BPE + a text transformer trained jointly; else a hub id or folder, frozen
+    length: int = 16                # longest caption in tokens; the rest is cut off
+    vocab: int = 2048               # bpe: size of the vocabulary
+    width: int = 192                # bpe: the text transformer's
+    depth: int = 2
+    heads: int = 3
+    drop: float = 0.1               # share of captions replaced by "" in training, for classifier-free guidance
+    dim: int = 0                    # width of the frozen encoder's states; 0 = ask the encoder
+
+
+@dataclass(frozen=True)
+class Model:
+    kind: str = "prx"               # architecture: prx
+    size: int = 64                  # pixels (or latents) along a side
+    channels: int = 3
+    patch: int = 8                  # size must be a multiple of it
+    width: int = 256                # hidden width, C
+    depth: int = 8                  # blocks
+    heads: int = 4                  # width / heads must be a multiple of 4 (two RoPE axes of pairs)
+    mlp_ratio: float = 3.5          # GEGLU hidden width / width
+    bottleneck: int = 0             # width between the two linear maps of the patch embedding; 0 = one map
+    route: Route | None = None      # token routing: none, or start,end,keep as in --model.route=2,12,0.5
+
+
+@dataclass(frozen=True)
+class Flow:
+    prediction: str = "x"           # what the network returns: "x" (the image) or "v" (the velocity eps - x)
+    shift: float = 3.0              # of the noise level: t' = s t / (1 + (s - 1) t); more pixels want more
+    uniform: float = 0.1            # share of t drawn uniformly instead of logit-normally
+    noise: float = 1.0              # standard deviation of the noise
+
+
+@dataclass(frozen=True)
+class Align:
+    """REPA: hidden tokens are made to predict those of a frozen vision model."""
+    teacher: str = ""               # hub id or folder of a transformers vision model; "" = off
+    block: int = 7                  # tap after this block (0-based)
+    layer: int = -1                 # which of the teacher's hidden states; -1 = the last, with its final norm
+    size: int = 0                   # side in pixels at which the teacher sees the image; 0 = such that the grids match
+    weight: float = 0.5
+    hidden: int = 2048              # width of the projector
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: str = "muon"              # "muon" (matrices of the blocks; AdamW for the rest) or "adamw"
+    lr: float = 1e-3                # Muon's, scaled by 0.2 sqrt(max(rows, columns)): as large as an AdamW step
+    adam_lr: float = 1e-3           # AdamW's
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95          # Muon's, with Nesterov
+    ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
+    split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one
+    decay: float = 0.0              # decoupled weight decay
+    warmup: int = 10_000            # images of linear warm-up
+    cooldown: float = 0.0           # last share of the run in which the rate falls linearly to zero
+    clip: float = 1.0               # largest global gradient norm; 0 = no clipping
+    ema: float = 0.999              # exponential moving average of the weights, per update; 0 = off
+    ema_every: int = 1              # steps between updates of it
+
+
+@dataclass(frozen=True)
+class Train:
+    images: int = 100_000           # images seen in the whole run
+    batch: int = 64                 # images per optimizer step, over all ranks
+    micro_batch: int = 64           # images per forward; noise is drawn per micro-batch, so it is part of the recipe
+    eval_every: int = 10_000        # images between validations and sample grids; 0 = only at the end
+    save_every: int = 20_000        # images between checkpoints
+    keep_every: int = 0             # images between checkpoints that are kept for ever; of the others the last two stay
+    log_every: int = 10             # steps between log lines
+    val_images: int = 256           # images of the fixed validation set
+    precision: str = "auto"         # "bf16", "fp32", or "auto": bf16 wherever the device multiplies it fast
+    compile: str = "auto"           # "yes", "no", or "auto": where a compiler is found
+    checkpointing: bool = False     # recompute the blocks in backward: less memory, a third more work
+
+
+@dataclass(frozen=True)
+class Sample:
+    steps: int = 30
+    guidance: float = 3.0           # 1 = none
+    guide: str = "cfg"              # "cfg" (against the empty caption) or "self" (dense against routed, both with the caption)
+    sampler: str = "multistep"      # "euler", "heun" or "multistep"
+    lo: float = 0.0                 # guidance acts while lo <= t <= hi ...
+    hi: float = 1.0                 # ... and costs nothing outside
+    prompts: str = "red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background"  # of the training grid, parted by |
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""
+    seed: int = 0
+    out: str = ""                   # run folder; "" = runs/<name>
+    init: str = ""                  # start from these weights: a checkpoint or run folder
+    model: Model = Model()
+    text: Text = Text()
+    data: Data = Data()
+    flow: Flow = Flow()
+    align: Align = Align()
+    optim: Optim = Optim()
+    train: Train = Train()
+    sample: Sample = Sample()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+emoji = Config(
+    # python train.py
+    # 2 CPU cores: see RESULTS.md
+    name="emoji",
+)
+
+emoji_gpu = Config(
+    # python train.py --config=emoji_gpu
+    # One GPU, twenty minutes by design. Not run: no GPU was at hand.
+    name="emoji_gpu",
+    data=Data(subset="all", skin_tones=True, styles="twemoji,openmoji", workers=8),
+    text=Text(length=24, vocab=4096, width=512, depth=4, heads=8),
+    model=Model(size=128, patch=8, width=768, depth=12, heads=12, bottleneck=128, route=Route(2, 9, 0.5)),
+    optim=Optim(lr=1e-3, adam_lr=5e-4, warmup=100_000, cooldown=0.2, ema=0.9995),
+    train=Train(images=8_000_000, batch=1024, micro_batch=1024, eval_every=500_000, save_every=1_000_000, val_images=1024),
+)
+
+debug = Config(
+    # python train.py --config=debug
+    # seconds on anything: to see that all parts turn, not to learn
+    name="debug",
+    data=Data(subset="food"),
+    text=Text(width=32, depth=1, heads=2),
+    model=Model(size=32, patch=8, width=64, depth=4, heads=2, bottleneck=32, route=Route(1, 2, 0.5)),
+    optim=Optim(warmup=80, ema=0.9),
+    train=Train(images=320, batch=16, micro_batch=8, eval_every=160, save_every=160, log_every=5, val_images=16, compile="no"),
+    sample=Sample(steps=4),
+)
+
+prx_512 = Config(
+    # torchrun --nproc_per_node=8 train.py --config=prx_512 --data=path/to/images
+    # Photoroom's 24-hour run, first stage: 32 H200. Not run by us. Perceptual losses are not in yet.
+    name="prx_512",
+    data=Data(source="images", workers=8),
+    text=Text(encoder="google/t5gemma-2b-2b-ul2", length=256, dim=2304),
+    model=Model(size=512, patch=32, width=1792, depth=16, heads=28, bottleneck=256,
+                route=Route(1, 14, 0.5)),       # the blog: second to penultimate block; the shipped yaml: 2 to 12
+    align=Align(teacher="facebook/dinov3-vitl16-pretrain-lvd1689m", block=7, hidden=1024),
+    optim=Optim(lr=1e-4, adam_lr=1e-4, warmup=1_024_000, clip=0.2, ema=0.999, ema_every=10),
+    train=Train(images=102_400_000, batch=1024, micro_batch=32, eval_every=1_024_000, save_every=1_024_000, keep_every=10_240_000, val_images=1024),
+    sample=Sample(steps=50, guidance=3.5, sampler="euler"),
+)
+
+prx_1024 = replace(
+    # torchrun --nproc_per_node=8 train.py --config=prx_1024 --init=runs/prx_512 --data=path/to/images
+    # Second stage: 20k steps of 512, no REPA. Not run by us.
+    prx_512, name="prx_1024", init="runs/prx_512",
+    model=replace(prx_512.model, size=1024), align=Align(),
+    optim=replace(prx_512.optim, warmup=512_000),
+    train=replace(prx_512.train, images=10_240_000, batch=512, micro_batch=8),
+)
+
+recipes = {c.name: c for c in (emoji, emoji_gpu, debug, prx_512, prx_1024)}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def fail(message):
+    """The user's mistake, in one line: says what to change, prints no stack trace."""
+    raise SystemExit(f"error: {message}")
+
+
+def cast(text, kind, key):
+    """`text` from the command line (or a value from JSON) as the type that the field declares."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in kinds and str(text).lower() == "none":
+        return None
+    kind = kinds[0]
+    if dataclasses.is_dataclass(kind):                      # e.g. --model.route=2,12,0.5
+        fields, values = dataclasses.fields(kind), str(text).split(",")
+        if len(values) != len(fields):
+            fail(f"{key} wants {','.join(f.name for f in fields)} (or none), not {text!r}")
+        return kind(*(cast(v, f.type, f"{key}.{f.name}") for f, v in zip(fields, values)))
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return words[str(text).lower()] if kind is bool else kind(str(text).replace("_", "") if kind in (int, float) else text)
+    except (KeyError, ValueError):
+        fail(f"{key} wants {'yes or no' if kind is bool else kind.__name__}, not {text!r}")
+
+
+def keys(config):
+    """All dotted names of the leaves, and of the sections."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        yield f.name
+        if dataclasses.is_dataclass(value):
+            yield from (f"{f.name}.{k}" for k in keys(value))
+
+
+def override(config, key, text):
+    """`config` with the field at the dotted `key` set to `text`."""
+    names = list(keys(config))
+    if key not in names:
+        short = [n for n in names if n.endswith("." + key)]
+        if len(short) == 1:
+            return override(config, short[0], text)
+        if key.startswith("model.route."):
+            fail("model.route is none here: give all of it, --model.route=start,end,keep")
+        near = short or difflib.get_close_matches(key, names + [n.split(".")[-1] for n in names], 1)
+        fail(f"unknown key --{key}" + (f"; did you mean {' or '.join('--' + n for n in near)}?" if near else "; see --help"))
+    head, _, rest = key.partition(".")
+    field = next(f for f in dataclasses.fields(config) if f.name == head)
+    value = getattr(config, head)
+    if rest:
+        value = override(value, rest, text)
+    elif dataclasses.is_dataclass(field.type):              # a bare section: its first field
+        value = override(value, dataclasses.fields(value)[0].name, text)
+    else:
+        value = cast(text, field.type, key)
+    return replace(config, **{head: value})
+
+
+def parse(argv, default="emoji"):
+    """`--config=name --a.b=value ...` -> checked Config. Whatever is wrong ends the program with one line."""
+    if "--help" in argv or "-h" in argv:
+        print(describe()), sys.exit(0)
+    pairs = []
+    for arg in argv:
+        if not arg.startswith("--") or "=" not in arg:
+            fail(f"arguments look like --key=value, not {arg!r}; see --help")
+        pairs.append(arg[2:].split("=", 1))
+    name = dict(pairs).get("config", default)
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, 1)
+        fail(f"no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are: {', '.join(recipes)}")
+    config = recipes[name]
+    for key, text in pairs:
+        if key != "config":
+            config = override(config, key, text)
+    return check(config)
+
+
+def check(c):
+    """Values that do not fit together end the program with one line that says what to change."""
+    m, t, o, f, s = c.model, c.train, c.optim, c.flow, c.sample
+    ok = lambda condition, message: None if condition else fail(message)
+    one_of = lambda key, value, *names: ok(value in names, f"{key} is one of {', '.join(names)}; not {value!r}")
+    one_of("model.kind", m.kind, "prx")
+    one_of("optim.name", o.name, "muon", "adamw")
+    one_of("optim.ns", o.ns, "quintic", "polar")
+    one_of("flow.prediction", f.prediction, "x", "v")
+    one_of("sample.sampler", s.sampler, "euler", "heun", "multistep")
+    one_of("sample.guide", s.guide, "cfg", "self")
+    one_of("train.precision", t.precision, "auto", "bf16", "fp32")
+    one_of("train.compile", t.compile, "auto", "yes", "no")
+    for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
+                "train.images", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
+                "flow.shift", "flow.noise", "optim.ema_every"):
+        section, name = key.split(".")
+        ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")
+    for key in ("flow.uniform", "text.drop", "optim.ema", "optim.cooldown", "optim.momentum", "optim.beta1", "optim.beta2"):
+        section, name = key.split(".")
+        ok(0 <= getattr(getattr(c, section), name) <= 1, f"{key} lies between 0 and 1")
+    ok(m.size % m.patch == 0, f"model.size {m.size} must be a multiple of model.patch {m.patch}")
+    ok(m.width % (4 * m.heads) == 0, f"model.width {m.width} must be a multiple of 4 x model.heads {m.heads}")
+    ok(t.batch % t.micro_batch == 0, f"train.batch {t.batch} must be a multiple of train.micro_batch {t.micro_batch}")
+    ok(t.images % t.batch == 0 or t.images > t.batch, f"train.images {t.images} is less than one batch of {t.batch}")
+    if c.text.encoder == "bpe":
+        ok(c.text.width % (2 * c.text.heads) == 0, "text.width must be a multiple of 2 x text.heads")
+        ok(c.text.vocab >= 257, "text.vocab must hold the 256 bytes and the start token: 257 or more")
+    if (r := m.route) is not None:
+        last = m.depth - 1 if r.end is None else r.end
+        ok(0 < r.start <= last < m.depth, f"model.route {r.start}..{r.end} must lie within blocks 1..{m.depth - 1} of model.depth {m.depth}")
+        ok(0 < r.keep <= 1, "model.route.keep lies between 0 (excluded) and 1")
+    if c.align.teacher:
+        ok(0 <= c.align.block < m.depth, f"align.block {c.align.block} must be a block of model.depth {m.depth}: 0..{m.depth - 1}")
+    ok(s.guide != "self" or m.route, "sample.guide=self compares dense with routed: it needs model.route")
+    return c
+
+
+def describe(out=recipes["emoji"]):
+    """The text of --help: every field, its comment, its default (of the `emoji` recipe)."""
+    lines = [__doc__.strip(), "", "Recipes: " + ", ".join(recipes), ""]
+    for f in dataclasses.fields(out):
+        value = getattr(out, f.name)
+        source = inspect.getsource(type(value) if dataclasses.is_dataclass(value) else Config)
+        notes = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
+        if not dataclasses.is_dataclass(value):
+            lines.append(f"  --{f.name + '=' + str(value):34} {notes.get(f.name, '')}")
+            continue
+        lines.append("")
+        for g in dataclasses.fields(value):
+            shown = str(getattr(value, g.name)) if len(str(getattr(value, g.name))) < 22 else "..."
+            lines.append(f"  --{f.name}.{g.name + '=' + shown:{32 - len(f.name)}}  {notes.get(g.name, '')}")
+    return "\n".join(lines)
+
+
+def save(config, path):
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path):
+    """A config saved by `save`. A field that the file lacks keeps its default; one that we lack is an error."""
+    try:
+        return build(Config, json.loads(Path(path).read_text()), str(path))
+    except (OSError, json.JSONDecodeError) as error:
+        fail(f"cannot read the config {path}: {error}")
+
+
+def build(kind, values, path):
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := set(values) - set(fields):
+        fail(f"{path} has fields that this version does not know: {', '.join(sorted(unknown))}")
+    made = {}
+    for name, value in values.items():
+        type_ = fields[name].type
+        inner = next((a for a in (*typing.get_args(type_), type_) if dataclasses.is_dataclass(a)), None)
+        made[name] = build(inner, value, path) if inner and value is not None else value
+    return kind(**made)
+
+
+def difference(a, b, prefix=""):
+    """Dotted names of the fields in which two configs differ, with both values."""
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x) and type(x) is type(y):
+            yield from difference(x, y, f"{prefix}{f.name}.")
+        elif x != y:
+            yield prefix + f.name, x, y
