@@ -1,0 +1,190 @@
+"""The denoiser against diffusers' own class, and token routing against its definition."""
+import pytest
+import torch
+from dataclasses import replace
+from torch.utils.flop_counter import FlopCounterMode
+
+import configs
+import kernels
+from model import PRX, count, flops, patchify, unpatchify
+from pretrained import diffusers_to_prx
+
+SMALL = replace(configs.debug, model=configs.Model(size=32, patch=8, width=64, depth=4, heads=4, mlp_ratio=3.5, bottleneck=16,
+                                                   route=configs.Route(1, 2, 0.5)))
+
+
+def randomise(model, seed=0):
+    """Weights in which every path carries signal (at initialisation gates and output are zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim == 1 else 1.5 / p.shape[-1] ** 0.5))
+    return model
+
+
+def inputs(n=3, length=5, dim=24, dtype=torch.float32, size=32):
+    g = torch.Generator().manual_seed(1)
+    mask = torch.arange(length)[None] < torch.tensor([[5], [2], [4]])[:n]
+    return (torch.randn(n, 3, size, size, generator=g, dtype=dtype), torch.rand(n, generator=g, dtype=dtype),
+            torch.randn(n, length, dim, generator=g, dtype=dtype), mask)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance):
+    from diffusers import PRXTransformer2DModel
+    m = SMALL.model
+    theirs = randomise(PRXTransformer2DModel(in_channels=3, patch_size=8, context_in_dim=24, hidden_size=64, mlp_ratio=3.5, num_heads=4,
+                                             depth=4, axes_dim=[8, 8], bottleneck_size=m.bottleneck).to(dtype))
+    ours = PRX(SMALL, text_dim=24, dtype=dtype).to(dtype)
+    ours.load_state_dict(diffusers_to_prx(theirs.state_dict()))
+    z, t, text, mask = inputs(dtype=dtype)
+    out = unpatchify(ours(z, t, text, mask)[0], 8, 32, 32)
+    reference = theirs(z, t, text, attention_mask=mask, return_dict=False)[0]
+    scale = reference.abs().max()
+    assert scale > 0.1 and (out - reference).abs().max() <= tolerance * scale
+    weight = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    (out * weight).sum().backward(), (reference * weight).sum().backward()
+    gradients = diffusers_to_prx({n: p.grad for n, p in theirs.named_parameters()})
+    for name, p in ours.named_parameters():
+        size = gradients[name].abs().max()
+        assert size > 0 and (p.grad - gradients[name]).abs().max() <= 10 * tolerance * size, name
+
+
+def test_parameter_count_of_prx_512():
+    with torch.device("meta"):
+        assert count(PRX(configs.prx_512, text_dim=2304, align_dim=1024)) == 1_177_215_744
+        assert count(PRX(configs.prx_512, text_dim=2048)) == 1_176_756_992
+
+
+def test_output_is_exactly_zero_at_initialisation():
+    z, t, text, mask = inputs()
+    assert PRX(SMALL, text_dim=24)(z, t, text, mask)[0].abs().max() == 0
+
+
+def test_patchify_order_and_round_trip():
+    x = torch.randn(2, 3, 8, 12)
+    tokens = patchify(x, 4)
+    reference = torch.nn.functional.unfold(x, 4, stride=4).transpose(1, 2)
+    assert torch.equal(tokens, reference) and torch.equal(unpatchify(tokens, 4, 8, 12), x)
+
+
+def test_text_padding_is_never_attended():
+    model = randomise(PRX(SMALL, text_dim=24))
+    z, t, text, mask = inputs()
+    out = model(z, t, text, mask)[0]
+    assert torch.equal(out, model(z, t, torch.where(mask[..., None], text, 1e3), mask)[0])
+    alone = model(z[1:2], t[1:2], text[1:2, :2], None)[0]                       # the second caption has two tokens
+    torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-4)
+    own = randomise(PRX(SMALL))                                                 # the same for our own text transformer
+    ids = torch.randint(0, 256, (3, 5))
+    padded, cut = own(z, t, ids, mask)[0], own(z[1:2], t[1:2], ids[1:2, :2], mask[1:2, :2])[0]
+    torch.testing.assert_close(padded[1:2], cut, rtol=1e-4, atol=1e-4)
+
+
+def test_text_keys_and_values_can_be_computed_once():
+    model = randomise(PRX(SMALL, text_dim=24))
+    z, t, text, mask = inputs()
+    assert torch.equal(model(z, t, model.text_kv(text, mask), mask)[0], model(z, t, text, mask)[0])
+
+
+@pytest.mark.parametrize("end", [2, None])
+def test_keeping_all_tokens_equals_dense_exactly(end):
+    c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 1.0)))
+    model = randomise(PRX(c, text_dim=24))
+    z, t, text, mask = inputs()
+    ids = kernels.keep_tokens(3, 16, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(ids, torch.arange(16).expand(3, 16))
+    for a, b in zip(model(z, t, text, mask, ids), model(z, t, text, mask)):
+        assert torch.equal(a, b) if b is not None else a is None
+
+
+def routed_by_loops(model, z, t, text, mask, ids):
+    """TREAD one sample at a time, by plain indexing: the definition."""
+    outs = []
+    for b in range(len(z)):
+        x = model.img_in(patchify(z[b:b + 1], model.patch))
+        vec = torch.nn.functional.silu(model.time_in(__import__("model").timestep_embedding(t[b:b + 1])))
+        txt = model.read(text[b:b + 1], None)[:, mask[b]]
+        table, here = model.table(4, 4, z.device), slice(None)
+        seen = []
+        for i, block in enumerate(model.blocks):
+            here = ids[b] if model.route.start <= i and (model.route.end is None or i <= model.route.end) else slice(None)
+            y = block(x[:, here], vec, txt, None, table[here])
+            x = x.clone()
+            x[:, here] = y
+            seen.append(x)
+        out = model.final(x, vec)
+        outs.append((out if model.route.end is not None else out[:, ids[b]], seen))
+    return outs
+
+
+@pytest.mark.parametrize("end", [2, None])
+def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
+    c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)))
+    model = randomise(PRX(c, text_dim=24))
+    z, t, text, mask = inputs()
+    ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out))
+    out, _ = model(z, t, text, mask, ids)
+    assert [s.shape[1] for s in seen] == ([16, 8, 8, 16] if end == 2 else [16, 8, 8, 8])
+    entered = []
+    model.blocks[-1].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model(z, t, text, mask, ids)
+    if end is not None:                                                         # tokens not kept: bit-identical across blocks 1..2
+        for b in range(3):
+            others = [i for i in range(16) if i not in ids[b].tolist()]
+            assert len(others) == 8 and torch.equal(entered[0][b, others], seen[0][b, others])
+            assert torch.equal(entered[0][b, ids[b]], seen[2][b])
+    for b, (reference, _) in enumerate(routed_by_loops(model, z, t, text, mask, ids)):
+        torch.testing.assert_close(out[b:b + 1], reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [2, None])
+def test_gradients_reach_every_parameter_through_the_route(end):
+    c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)), align=replace(SMALL.align, block=1, hidden=16))
+    model = randomise(PRX(c, align_dim=8))
+    z, t, _, mask = inputs()
+    ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
+    out, tapped = model(z, t, torch.randint(0, 256, (3, 5)), mask, ids)
+    (out.square().mean() + model.align(tapped.float()).square().mean()).backward()
+    assert tapped.shape == (3, 8, 64)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_kept_tokens_are_sorted_per_sample_and_change():
+    draw = lambda seed: kernels.keep_tokens(64, 100, 0.25, torch.Generator().manual_seed(seed))
+    ids = draw(0)
+    assert ids.shape == (64, 25) and (ids.diff(dim=1) > 0).all()
+    assert len({tuple(row.tolist()) for row in ids}) == 64 and not torch.equal(ids, draw(1)) and torch.equal(ids, draw(0))
+    hits = torch.zeros(100).index_add_(0, ids.flatten(), torch.ones(ids.numel()))
+    assert hits.min() > 4 and hits.max() < 32                                   # mean 16, deviation 3.5
+
+
+def test_checkpointing_changes_no_gradient():
+    z, t, text, mask = inputs()
+    ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
+    gradients = []
+    for on in (False, True):
+        model = randomise(PRX(replace(SMALL, train=replace(SMALL.train, checkpointing=on)), text_dim=24))
+        model(z, t, text, mask, ids)[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("route", [None, configs.Route(1, 2, 0.5), configs.Route(2, None, 0.25)])
+def test_flops_formula_equals_the_counter(route):
+    c = replace(SMALL, model=replace(SMALL.model, route=route))
+    z, t, text, _ = inputs()
+    ids = route and kernels.keep_tokens(1, 16, route.keep, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        PRX(c, text_dim=24)(z[:1], t[:1], text[:1], None, ids)
+    projected = 2 * 4 * 5 * 2 * 64 * 64                                          # text keys and values
+    assert projected > 0 and counter.get_total_flops() == flops(c, 5, 24)
+
+
+def test_published_flops():
+    dense, routed = flops(configs.prx_512, 256, 2304, routed=False), flops(configs.prx_512, 256, 2304)
+    assert abs(3 * dense / 1e12 - 1.366) < 1e-3 and abs(3 * routed / 1e12 - 0.841) < 1e-3
+    assert abs(3 * flops(configs.prx_1024, 256, 2304, routed=False) / 1e12 - 5.236) < 1e-3
