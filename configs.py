@@ -6,7 +6,7 @@
 A bare section takes its first field (`--data=path/to/folder` is `--data.source=...`) and a bare field name works where
 only one section has it (`--teacher=...` is `--align.teacher=...`). Budgets and intervals count images seen, not steps.
 """
-import dataclasses, difflib, inspect, json, re, sys, types, typing
+import dataclasses, difflib, inspect, json, os, re, sys, types, typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,6 +126,8 @@ class Config:
     seed: int = 0
     out: str = ""                   # run folder; "" = runs/<name>
     init: str = ""                  # start from these weights: a checkpoint or run folder
+    wandb: bool = False             # also log to Weights & Biases (pip install wandb)
+    tensorboard: bool = False       # also log to TensorBoard (pip install tensorboard)
     model: Model = Model()
     text: Text = Text()
     data: Data = Data()
@@ -199,7 +201,7 @@ recipes = {c.name: c for c in (emoji, emoji_gpu, debug, prx_512, prx_1024)}
 
 def fail(message):
     """The user's mistake, in one line: says what to change, prints no stack trace."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def cast(text, kind, key):
@@ -258,9 +260,9 @@ def parse(argv, default="emoji"):
         print(describe()), sys.exit(0)
     pairs = []
     for arg in argv:
-        if not arg.startswith("--") or "=" not in arg:
+        if not arg.startswith("--"):
             fail(f"arguments look like --key=value, not {arg!r}; see --help")
-        pairs.append(arg[2:].split("=", 1))
+        pairs.append((arg[2:] if "=" in arg else arg[2:] + "=yes").split("=", 1))                         # --wandb is --wandb=yes
     name = dict(pairs).get("config", default)
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, 1)

@@ -5,6 +5,8 @@
 The model knows neither what t means nor what it predicts (flow.py does), and draws nothing at random: which tokens are
 kept comes in as `keep_ids`. Weights are fp32 masters; every product runs in `dtype`, statistics and angles in fp32.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,9 +42,9 @@ def unpatchify(x, patch, height, width):
 
 
 def timestep_embedding(t, dim=256):
-    """[cos, sin] of 1000 t at geometric frequencies from 1 to 1/10000. t (B,) in [0, 1] -> (B, dim)."""
-    freqs = 10_000.0 ** -(torch.arange(dim // 2, dtype=t.dtype, device=t.device) / (dim // 2))
-    angle = 1000 * t[:, None] * freqs
+    """[cos, sin] of 1000 t at geometric frequencies from 1 to 1/10000, in fp32. t (B,) in [0, 1] -> (B, dim)."""
+    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angle = 1000 * (t.float()[:, None] * freqs)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
@@ -184,7 +186,7 @@ class PRX(nn.Module):
         """z (B, c, H, W) noisy image, t (B,) in [0, 1], text: token ids (B, L), states (B, L, .) or what `text_kv` returned,
         mask (B, L) bool or None (no padding), keep_ids (B, K) ascending: route these tokens; None: dense.
         -> tokens of the prediction (B, N, c P P), or (B, K, c P P) under lazy masking, fp32 for a bf16 model; and the
-        hidden tokens after block `tap`, (B, N or K, C)."""
+        REPA head's reading of the tokens after block `tap`, (B, N or K, D of the teacher), None without a head."""
         rows, cols = z.shape[2] // self.patch, z.shape[3] // self.patch
         table = self.table(rows, cols, z.device)
         x = self.img_in(patchify(z, self.patch).to(self.dtype))                                           # (B, N, C)
@@ -203,8 +205,8 @@ class PRX(nn.Module):
                 x = checkpoint(block, x, vec, kv[i], *now, use_reentrant=False)
             else:
                 x = block(x, vec, kv[i], *now)
-            if i == self.tap:
-                tapped = x
+            if i == self.tap and self.align:
+                tapped = self.align(x.float())
             if keep_ids is not None and i == self.route.end:                                              # never, if end is None
                 x, now = scatter_tokens(full, x, keep_ids), dense                                         # (B, N, C)
         return self.final(x, vec).to(torch.promote_types(x.dtype, torch.float32)), tapped

@@ -30,14 +30,21 @@ def inputs(n=3, length=5, dim=24, dtype=torch.float32, size=32):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance):
+def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkeypatch):
+    """diffusers computes RMS norms, RoPE and the timestep embedding in fp32 whatever the dtype, as ours does for bf16; for
+    the float64 comparison both are lifted: `.float()` means double, and RMSNorm is torch's own."""
     from diffusers import PRXTransformer2DModel
+    from diffusers.models.normalization import RMSNorm
     m = SMALL.model
     theirs = randomise(PRXTransformer2DModel(in_channels=3, patch_size=8, context_in_dim=24, hidden_size=64, mlp_ratio=3.5, num_heads=4,
                                              depth=4, axes_dim=[8, 8], bottleneck_size=m.bottleneck).to(dtype))
     ours = PRX(SMALL, text_dim=24, dtype=dtype).to(dtype)
     ours.load_state_dict(diffusers_to_prx(theirs.state_dict()))
     z, t, text, mask = inputs(dtype=dtype)
+    if dtype == torch.float64:
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        monkeypatch.setattr(RMSNorm, "forward", lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps))
+        ours._table_key, ours._table = (4, 4, z.device), kernels.rope_table(4, 4, 16, dtype=dtype)
     out = unpatchify(ours(z, t, text, mask)[0], 8, 32, 32)
     reference = theirs(z, t, text, attention_mask=mask, return_dict=False)[0]
     scale = reference.abs().max()
@@ -94,8 +101,7 @@ def test_keeping_all_tokens_equals_dense_exactly(end):
     z, t, text, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(ids, torch.arange(16).expand(3, 16))
-    for a, b in zip(model(z, t, text, mask, ids), model(z, t, text, mask)):
-        assert torch.equal(a, b) if b is not None else a is None
+    assert torch.equal(model(z, t, text, mask, ids)[0], model(z, t, text, mask)[0])
 
 
 def routed_by_loops(model, z, t, text, mask, ids):
@@ -148,8 +154,8 @@ def test_gradients_reach_every_parameter_through_the_route(end):
     z, t, _, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
     out, tapped = model(z, t, torch.randint(0, 256, (3, 5)), mask, ids)
-    (out.square().mean() + model.align(tapped.float()).square().mean()).backward()
-    assert tapped.shape == (3, 8, 64)
+    (out.square().mean() + tapped.square().mean()).backward()
+    assert tapped.shape == (3, 8, 8)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 

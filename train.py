@@ -1,0 +1,463 @@
+"""Train a recipe. The same command resumes an interrupted run; Ctrl-C and SIGTERM save first.
+
+    python train.py                                                 # the `emoji` recipe, on whatever the machine has
+    python train.py --config=emoji --data=path/to/images --out=runs/mine
+    torchrun --nproc_per_node=8 train.py --config=prx_512 --data=path/to/images
+    python train.py --bench=emoji                                   # where the time of a step goes (or --bench=all)
+    python train.py --help
+"""
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # read once, by import torch: idle threads that spin halve a shared CPU
+if "-h" in sys.argv or "--help" in sys.argv:
+    import configs
+    configs.parse(sys.argv[1:])
+
+import copy
+import hashlib
+import json
+import math
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configs
+import data
+import evaluate
+import flow
+import kernels
+import muon
+import pretrained
+from configs import fail
+from model import PRX, count, flops, patchify
+from sample import generate, grid
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The machine
+
+def start():
+    """(rank, world, device). Under torchrun it joins the group: NCCL (RCCL on ROCm) on GPUs, gloo on CPU."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"{local + 1} processes on this node, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    return rank, world, device
+
+
+def leave(world):
+    """After gloo, an ordinary exit sometimes aborts in tear-down, all work done: leave without it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+
+
+def compute_dtype(c, device):
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if c.train.precision == "bf16" or c.train.precision == "auto" and fast else torch.float32
+
+
+def compile_blocks(c, model, device):
+    """One compiled graph serves all blocks: seconds to compile, not minutes. Routing's gather and scatter stay outside."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    able = device.type == "cuda" or headers and any(map(shutil.which, ("g++", "clang++")))
+    if c.train.compile == "yes" or c.train.compile == "auto" and able:
+        for block in [*model.blocks, *(model.text.blocks if model.text else [])]:
+            block.compile(dynamic=False)
+        return True
+    return False
+
+
+def provenance(device):
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"git": git.stdout.strip() or "unknown", "torch": torch.__version__, "python": platform.python_version(), "device": name}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder of plain files, complete or absent
+
+def save(folder, step, c, model, ema, optimizer, bpe):
+    """Written under another name, flushed to disk, renamed: a crash at any moment leaves the older checkpoints whole."""
+    final = folder / f"step_{step:08d}"
+    part = folder / f"{final.name}.tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, part / "ema.safetensors")
+    torch.save(optimizer.state_dict(), part / "optimizer.pt")
+    configs.save(c, part / "config.json")
+    (part / "state.json").write_text(json.dumps({"step": step, "images": step * c.train.batch}))
+    if bpe:
+        pretrained.bpe_save(bpe, part / "bpe.tiktoken")
+    sums = {}
+    for file in sorted(part.iterdir()):
+        with open(file, "rb+") as f:
+            sums[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+            os.fsync(f.fileno())
+    with open(part / "sums.json", "w") as f:
+        json.dump(sums, f)
+        f.flush(), os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd), os.close(fd)
+    keep = lambda path: c.train.keep_every and int(path.name[5:]) * c.train.batch % c.train.keep_every < c.train.batch
+    for old in sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")[:-2]:
+        if not keep(old):
+            shutil.rmtree(old)
+
+
+def resume(folder, c, model, ema, optimizer, device):
+    """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from."""
+    checkpoint = pretrained.newest_checkpoint(folder)
+    if checkpoint is None:
+        return 0
+    free = ("train.", "sample.", "data.workers", "out", "init")                            # may change in mid-run
+    changed = [d for d in configs.difference(configs.load(checkpoint / "config.json"), c)
+               if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
+    if changed:
+        fail(f"{folder} holds a run with " + ", ".join(f"{k}={a} (now {b})" for k, a, b in changed[:4]) + ": give another --out or delete it")
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def load_weights(path, model, say):
+    """--init: start from another run's weights. What does not fit the new recipe is dropped, and said."""
+    checkpoint = pretrained.newest_checkpoint(path)
+    if checkpoint is None:
+        fail(f"--init={path}: no checkpoint there")
+    theirs, ours = load_file(checkpoint / "model.safetensors"), model.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    wrong = [k for k in (*ours, *theirs) if k not in fits and not k.startswith("align.")]
+    if wrong:
+        fail(f"--init={path} is another model: {', '.join(wrong[:4])} do not fit")
+    model.load_state_dict(fits, strict=False)
+    if dropped := sorted(set(theirs) - set(fits)):
+        say(f"from {checkpoint}: dropped the REPA head ({len(dropped)} tensors)")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One micro-batch
+
+def seed_of(*position):
+    """A 63-bit seed that is a function of (seed, step, micro-batch number): no state, so resuming needs none."""
+    return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def losses(c, model, batch, null, encode, teacher, generator):
+    """Noise the images, run the model, compare. -> total loss, {name: part}, all on the device."""
+    x = batch["image"].float() / 127.5 - 1                                                                # (B, c, H, W)
+    ids, mask = batch["ids"], batch["mask"]                                                               # (B, L)
+    draw = dict(generator=generator, device=generator.device)
+    t = flow.draw_t(len(x), c.flow.shift, c.flow.uniform, generator)                                      # (B,)
+    eps = torch.randn(x.shape, **draw) * c.flow.noise
+    drop = torch.rand(len(x), 1, **draw) < c.text.drop
+    width = ids.shape[1]
+    ids, mask = torch.where(drop, null[0][:, :width], ids), torch.where(drop, null[1][:, :width], mask)
+    keep_ids = None
+    if c.model.route:
+        keep_ids = kernels.keep_tokens(len(x), (x.shape[2] // c.model.patch) * (x.shape[3] // c.model.patch), c.model.route.keep, generator)
+
+    z = flow.interpolate(x, eps, t)
+    out, tapped = model(z, t, encode(ids, mask) if encode else ids, mask, keep_ids)                       # (B, N or K, c P P)
+    tokens = [patchify(image, c.model.patch) for image in (x, eps, z)]
+    if out.shape[1] < tokens[0].shape[1]:                                                                 # lazy masking: kept tokens only
+        tokens = [kernels.gather_tokens(a, keep_ids) for a in tokens]
+    loss = flow.loss(c.flow.prediction, out, *tokens, t).mean()
+    parts = {"loss": loss.detach()}
+    if teacher:
+        target = teacher(x)                                                                               # (B, N, D)
+        if tapped.shape[1] < target.shape[1]:
+            target = kernels.gather_tokens(target, keep_ids)
+        align = -torch.cosine_similarity(tapped, target.float(), dim=-1).mean()
+        loss, parts["align"] = loss + c.align.weight * align, align.detach()
+    return loss, parts
+
+
+def schedule(c, images):
+    """Factor on the learning rates: linear warm-up, constant, linear to zero over the last `cooldown` of the run."""
+    warm = min(1.0, (images + c.train.batch) / max(1, c.optim.warmup))
+    left = (c.train.images - images) / max(1, c.optim.cooldown * c.train.images)
+    return warm * min(1.0, max(0.0, left))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Late:
+    """Hands a few numbers from the device to the host one step late, so that the host never waits for the step in flight."""
+
+    def __init__(self, size):
+        self.values, self.event = torch.zeros(size), None
+
+    def read(self, new):
+        if self.event:
+            self.event.synchronize()
+        old = self.values.tolist()
+        self.values = torch.empty(new.shape, pin_memory=new.is_cuda).copy_(new, non_blocking=True)
+        if new.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+        return old
+
+
+class Clock:
+    """Seconds of training: evaluation and saving are not counted."""
+
+    def __init__(self):
+        self.seconds, self.since, self.marked = 0.0, time.perf_counter(), 0.0
+
+    def total(self):
+        return self.seconds + (time.perf_counter() - self.since if self.since else 0)
+
+    def lap(self):
+        now, before = self.total(), self.marked
+        self.marked = now
+        return max(now - before, 1e-9)
+
+    @contextmanager
+    def stopped(self):
+        self.seconds, self.since = self.total(), None
+        yield
+        self.since = time.perf_counter()
+
+
+class Log:
+    """runs/<name>/log.jsonl: first what ran, then a line per `log_every` steps. On resume, lines of lost steps are cut off."""
+
+    def __init__(self, folder, c, step, device, rank):
+        self.path, self.step, self.batch = folder / "log.jsonl" if rank == 0 else None, step, c.train.batch
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            old = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] if step and self.path.exists() else []
+            new = json.dumps({"resumed": step, **provenance(device)} if old else {**provenance(device), "config": asdict(c)})
+            self.path.write_text("\n".join([*old, new]) + "\n")
+        self.remote = None
+        if rank == 0 and c.wandb:
+            import wandb
+            self.remote = wandb.init(project="nanot2i", name=c.name, dir=folder, config=asdict(c)).log
+        if rank == 0 and c.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder)
+            self.remote = lambda row: [writer.add_scalar(k, v, row["images"]) for k, v in row.items() if isinstance(v, float)]
+
+    def write(self, step, **row):
+        if not self.path:
+            return
+        row = {"step": step, "images": step * self.batch, **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}}
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.remote:
+            self.remote(row)
+
+    def rows(self):
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def plot(rows, path):
+    """The loss against images seen, both on logarithmic axes: training in grey, validation in red."""
+    curves = [([(r["images"], r[key]) for r in rows if r.get(key) and math.isfinite(r[key])], ink)
+              for key, ink in (("loss", "#888888"), ("val_loss", "#d62728"))]
+    points = [p for curve, _ in curves for p in curve]
+    if len(points) < 2:
+        return
+    (left, right), (low, high) = ((math.log(min(a)), math.log(max(a) * 1.0001)) for a in zip(*points))
+    width, height, edge = 900, 500, 60
+    x = lambda v: edge + (math.log(v) - left) / (right - left) * (width - 2 * edge)
+    y = lambda v: height - edge - (math.log(v) - low) / (high - low + 1e-9) * (height - 2 * edge)
+    page = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    pen.rectangle((edge, edge, width - edge, height - edge), outline="#cccccc")
+    for k in range(5):
+        v, n = math.exp(low + (high - low) * k / 4), math.exp(left + (right - left) * k / 4)
+        pen.text((8, y(v) - 8), f"{v:.3g}", "black", font)
+        pen.text((x(n) - 20, height - edge + 8), f"{n:,.0f}", "black", font)
+    for curve, ink in curves:
+        if len(curve) > 1:
+            pen.line([(x(a), y(b)) for a, b in curve], fill=ink, width=2)
+    pen.text((edge, 20), "loss (grey: training, red: validation) against images seen", "black", font)
+    page.save(path)
+
+
+def look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device):
+    """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
+    net = (ema if c.optim.ema else model).eval()
+    loss, bins = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
+    if rank == 0:
+        log.write(step, val_loss=loss, val_bins=[round(b, 5) for b in bins])
+        prompts = c.sample.prompts.split("|")
+        (folder / "samples").mkdir(exist_ok=True)
+        grid(generate(net, c, tokenize, encode, prompts, list(range(len(prompts)))), prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
+        plot(log.rows(), folder / "loss.png")
+    model.train()
+    return loss
+
+
+def peak_flops(device, dtype):
+    """What a large matrix product reaches on this device: the measure of "model FLOPs utilisation"."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ a
+        wait(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n ** 3 / best
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """GiB: the allocator's on a GPU, the whole process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
+
+
+def build(c, device):
+    """Everything that a step needs: the model, frozen networks, optimizer. Same weights on every rank, from the seed."""
+    own = c.text.encoder == "bpe"
+    encode = None if own else pretrained.text_encoder(c, device)
+    teacher = pretrained.teacher(c, device) if c.align.teacher else None
+    torch.manual_seed(c.seed)
+    model = PRX(c, None if own else encode.dim, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema.align = None
+    return model, ema, muon.build(model, c.optim), encode, teacher
+
+
+def update_ema(c, model, ema, step):
+    """Ramped up, so that the first thousand steps are not an average with the initialisation."""
+    decay = min(c.optim.ema, (1 + step) / (10 + step)) ** c.optim.ema_every
+    live = dict(model.named_parameters())
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), [live[name] for name, _ in ema.named_parameters()], 1 - decay)
+
+
+def train(c):
+    rank, world, device = start()
+    if (micros := c.train.batch // c.train.micro_batch) % world:
+        fail(f"{micros} micro-batches cannot be shared by {world} ranks: choose --train.micro_batch so that batch / micro_batch is a multiple of {world}")
+    folder = Path(c.out or f"runs/{c.name}")
+    say = tqdm.write if rank == 0 else lambda *_: None
+    dataset, held_out = data.load(c)
+    bpe = pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab) if c.text.encoder == "bpe" else None
+    tokenize = pretrained.tokenizer(c, bpe)
+    model, ema, optimizer, encode, teacher = build(c, device)
+    if c.init:
+        load_weights(c.init, model, say)
+        ema.load_state_dict(model.state_dict(), strict=False)
+    step = resume(folder, c, model, ema, optimizer, device)
+    steps = c.train.images // c.train.batch
+    if step >= steps:
+        say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
+        return leave(world)
+    compiled = compile_blocks(c, model, device)
+    net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    null = tuple(a.to(device) for a in tokenize([""]))
+    if null[0].shape[1] < c.text.length:                                                                  # as wide as any batch
+        null = tuple(torch.nn.functional.pad(a, (0, c.text.length - a.shape[1])) for a in null)
+    batches = data.batches(dataset, tokenize, c, step, rank, world)
+    cost, peak = flops(c, int(null[1].shape[1]), None if not encode else encode.dim), peak_flops(device, model.dtype)
+    stop = []                                                                                             # the names of signals received
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
+    log = Log(folder, c, step, device, rank)
+    say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
+        f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
+        f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
+    bar = tqdm(total=steps * c.train.batch, initial=step * c.train.batch, unit="img", disable=rank > 0, smoothing=0.05, dynamic_ncols=True)
+    total, since, bad, late, clock = torch.zeros(2, device=device), step, 0, Late(2), Clock()
+    crossed = lambda every: every and step * c.train.batch // every > (step - 1) * c.train.batch // every
+    model.train()
+    while step < steps:
+        # forward, backward
+        optimizer.zero_grad()
+        mine = range(rank, micros, world)
+        for micro in mine:
+            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+            generator = torch.Generator(device).manual_seed(seed_of(c.seed, step, micro))
+            with net.no_sync() if world > 1 and micro != mine[-1] else nullcontext():                     # reduce once a step
+                loss, parts = losses(c, net, batch, null, encode, teacher, generator)
+                (loss / len(mine)).backward()
+            total += torch.stack([parts["loss"], parts.get("align", parts["loss"] * 0)]) / len(mine)
+        # update; a step whose gradient is not finite changes nothing, decided on the device
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule(c, step * c.train.batch)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip or math.inf)
+        skip = (~norm.isfinite()).float()
+        optimizer.step(skip=skip)
+        step += 1
+        if c.optim.ema and step % c.optim.ema_every == 0:
+            update_ema(c, model, ema, step)
+        bar.update(c.train.batch)
+        # what all ranks must agree on
+        status = torch.stack([skip, torch.full((), float(len(stop)), device=device)])
+        if world > 1:
+            dist.all_reduce(status, op=dist.ReduceOp.MAX)
+        skipped, stopping = late.read(status)
+        bad = bad + 1 if skipped else 0
+        if skipped:
+            say(f"step {step - 2}: the gradient is not finite; skipped ({bad} in a row)")
+        if bad == 10:
+            fail(f"ten steps in a row without a finite gradient: lower --optim.lr or raise --optim.warmup (the last checkpoint in {folder} is from before)")
+        # log, look, save
+        if step % c.train.log_every == 0 or step == steps:
+            loss, align = (total / (step - since)).tolist()
+            rate = (step - since) * c.train.batch / clock.lap()
+            log.write(step, loss=loss, align=align, norm=norm.item(), lr=optimizer.param_groups[0]["lr"], img_s=rate, minutes=clock.total() / 60,
+                      mfu=3 * cost * rate / world / peak, gib=peak_memory(device), bad=bad)
+            bar.set_postfix(loss=f"{loss:.4f}", mfu=f"{3 * cost * rate / world / peak:.0%}")
+            since = step
+            total.zero_()
+        if crossed(c.train.eval_every) or step == steps:
+            with clock.stopped():
+                loss = look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device)
+                say(f"image {step * c.train.batch:,}: validation loss {loss:.4f}")
+        if crossed(c.train.save_every) or step == steps or stopping:
+            with clock.stopped():
+                if rank == 0:
+                    save(folder, step, c, model, ema, optimizer, bpe)
+        if stopping:
+            bar.close()
+            say(f"{stop[0] if stop else 'stopped'}: saved at image {step * c.train.batch:,}; the same command goes on from there")
+            return leave(world)
+    bar.close()
+    say(f"finished after {clock.total() / 60:.1f} minutes of training: look into {folder}/samples, then python sample.py \"a red apple\"")
+    leave(world)
+
+
+if __name__ == "__main__":
+    train(configs.parse(sys.argv[1:]))
