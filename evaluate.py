@@ -50,7 +50,8 @@ def validation_loss(model, c, tokenize, encode, dataset, n, rank=0, world=1, dev
         sums = sums.to(device)
         dist.all_reduce(sums)
     total, images = sums.tolist()
-    return {"loss": sum(total) / sum(images), "bins": [a / b if b else None for a, b in zip(total, images)], "images": int(sum(images))}
+    bins = [a / b if b else None for a, b in zip(total, images)]
+    return {"loss": sum(total) / sum(images), "bins": bins, "images": int(sum(images))}
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -74,13 +74,14 @@ def picture(image, scale=1):
 
 def wrap(text, font, width, most=5):
     """Lines of at most `width` pixels, `most` of them; a word longer than a line is cut."""
-    lines, rest = [], " ".join(text.split())
-    while rest:
-        fits = next((i for i in range(len(rest), 1, -1) if font.getlength(rest[:i]) <= width), 1)
-        space = rest.rfind(" ", 0, fits + 1)
-        end = fits if fits == len(rest) or space <= 0 else space
-        lines.append(rest[:end])
-        rest = rest[end:].lstrip()
+    lines = [""]
+    for word in text[:most * width].split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
+            end = next(i for i in range(len(lines[-1]) - 1, 0, -1) if i == 1 or font.getlength(lines[-1][:i]) <= width)
+            lines[-1:] = lines[-1][:end], lines[-1][end:]
     return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-3] + "..."]
 
 
@@ -126,7 +127,7 @@ def options(text):
     add("--weights", default="ema", choices=("ema", "model"), help="their moving average, or the last (default: ema)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     for name, note in (("steps", "sampling steps"), ("guidance", "1 = none"), ("guide", "cfg or self"),
-                       ("sampler", "euler, heun or multistep"), ("lo", "guidance acts while lo <= t <= hi"), ("hi", "")):
+                       ("sampler", "euler, heun or multistep"), ("lo", "guidance acts while lo <= t <= hi"), ("hi", "see --lo")):
         add(f"--{name}", help=note)
     return parser
 
@@ -142,7 +143,8 @@ def newest():
 def open_checkpoint(args):
     """-> its folder, model, config with the settings of the command line, tokenize, encode."""
     try:
-        device = torch.device(args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = torch.device(args.device or found)
         torch.zeros(1, device=device).item()
     except Exception as error:                              # RuntimeError, AssertionError, ...: each backend has its own
         configs.fail(f"--device={args.device} cannot be used: {str(error).splitlines()[0]}")
