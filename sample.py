@@ -1,0 +1,240 @@
+"""Prompt -> PNG.
+
+    python sample.py "a red apple" "tiger face on a blue background" --n=4
+    python sample.py --prompts=prompts.txt --checkpoint=runs/emoji --steps=50 --guidance=4 --out=out
+
+Takes the newest checkpoint under runs/. A setting that is not given is that of its config. A picture depends on its prompt,
+its seed and the settings (all three are in the PNG's metadata), not on the pictures that are made with it.
+"""
+import argparse, contextlib, json, math, re, time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm import tqdm
+
+import configs, flow, pretrained
+from kernels import keep_tokens
+from model import unpatchify
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Prompts -> pictures
+
+def generate(model, c, tokenize, encode, prompts, seeds, progress=None, size=None, batch=64):
+    """One picture for each (prompt, seed), by c.sample: uint8 (n, 3, size, size) on the CPU. At most `batch` at a time (twice
+    as many rows with guidance); `progress()` is called at each of the `calls` steps."""
+    images = []
+    for i in range(0, len(prompts), batch):
+        x = draw(model, c, tokenize, encode, prompts[i:i + batch], seeds[i:i + batch], progress, size or c.model.size)
+        images.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(images)
+
+
+def calls(c, n, batch=64):
+    """How often `generate` calls `progress`."""
+    return c.sample.steps * math.ceil(n / batch)
+
+
+# Not inference_mode: the model keeps its table of angles, and one that is made there cannot be trained with afterwards.
+@torch.no_grad()
+def draw(model, c, tokenize, encode, prompts, seeds, progress, size):
+    """-> float pictures (B, 3, size, size), about in [-1, 1]."""
+    s, device, n = c.sample, next(model.parameters()).device, len(prompts)
+    cfg = s.guide == "cfg" and s.guidance != 1
+    ids, mask = tokenize([*prompts, ""] if cfg else list(prompts))
+    longest = int(mask.sum(1).max())                                                    # padding is on the right
+    ids, mask = ids[:, :longest].to(device), mask[:, :longest].to(device)               # (B or B + 1, L)
+    kv = model.text_kv(ids if encode is None else encode(ids, mask), mask)              # once, not at every step
+    rows = lambda which: ([(k[which], v[which]) for k, v in kv], mask[which])
+    captions, both = rows(slice(n)), rows([*range(n), *[n] * n]) if cfg else None
+    routers = [torch.Generator().manual_seed(~seed) for seed in seeds]                  # ~: other numbers than the noise's
+
+    def call(z, t, branch):
+        keep_ids = None
+        if branch == "routed":
+            tokens = (size // model.patch) ** 2
+            keep_ids = torch.cat([keep_tokens(1, tokens, model.route.keep, g) for g in routers]).to(device)       # (B, K)
+        out, _ = model(z, t, *(both if branch == "both" else captions), keep_ids)
+        return unpatchify(out, model.patch, size, size)
+
+    z = c.flow.noise * flow.noise(seeds, (c.model.channels, size, size)).to(device)
+    denoise = flow.guided(call, c.flow.prediction, s.guide, s.guidance, s.lo, s.hi)
+    return flow.sample(denoise, z, s.steps, c.flow.shift, s.sampler, progress)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures -> files
+
+def picture(image, scale=1):
+    """uint8 (3, H, W) -> PIL image, `scale` times as large."""
+    image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def wrap(text, font, width, most=5):
+    """Lines of at most `width` pixels, `most` of them; a word longer than a line is cut."""
+    lines = [""]
+    for word in text[:most * width].split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
+            end = next(i for i in range(len(lines[-1]) - 1, 0, -1) if i == 1 or font.getlength(lines[-1][:i]) <= width)
+            lines[-1:] = lines[-1][:end], lines[-1][end:]
+    return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-3] + "..."]
+
+
+def grid(images, captions, columns=None, scale=None):
+    """A white page with the pictures (uint8 (n, 3, H, W)), small ones enlarged, and their captions under them."""
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    scale = scale or max(1, math.ceil(128 / images[0].shape[-1]))
+    height, width = (scale * side for side in images[0].shape[1:])
+    size = max(12, width // 18)
+    margin, font, line = size, ImageFont.load_default(size), math.ceil(size * 1.3)
+    texts = [wrap(caption, font, width) for caption in captions]
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    heights = [height + line // 2 + line * max(len(texts[i]) for i in row) + margin for row in rows]
+    page = Image.new("RGB", (margin + columns * (width + margin), margin + sum(heights)), "white")
+    pen, top = ImageDraw.Draw(page), margin
+    for row, row_height in zip(rows, heights):
+        for column, i in enumerate(row):
+            left = margin + column * (width + margin)
+            page.paste(picture(images[i], scale), (left, top))
+            for k, text in enumerate(texts[i]):
+                pen.text((left + width / 2, top + height + line // 2 + k * line), text, (60, 60, 60), font, anchor="ma")
+        top += row_height
+    return page
+
+
+def save_png(image, path, prompt, seed, settings):
+    """The picture, with what it was made from as text in the file."""
+    info = PngImagePlugin.PngInfo()
+    for key, text in (("prompt", prompt), ("seed", str(seed)), ("settings", json.dumps(settings))):
+        info.add_text(key, text)
+    picture(image).save(path, pnginfo=info)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command line, part of which evaluate.py shares
+
+def options(text):
+    """A parser with the options of a checkpoint and of sampling."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = configs.fail                             # one line, without the usage before it
+    add = parser.add_argument
+    add("--checkpoint", help="run or checkpoint folder (default: the newest under runs/)")
+    add("--weights", default="ema", choices=("ema", "model"), help="their moving average, or the last (default: ema)")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    for name, note in (("steps", "sampling steps"), ("guidance", "1 = none"), ("guide", "cfg or self"),
+                       ("sampler", "euler, heun or multistep"), ("lo", "guidance acts while lo <= t <= hi"), ("hi", "see --lo")):
+        add(f"--{name}", help=note)
+    return parser
+
+
+def newest():
+    """The run under runs/ that wrote a checkpoint last."""
+    found = [path for path in Path("runs").glob("*/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    if not found:
+        configs.fail("no checkpoint under runs/: train first (python train.py), or name one with --checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def open_checkpoint(args):
+    """-> its folder, model, config with the settings of the command line, tokenize, encode."""
+    try:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = torch.device(args.device or found)
+        torch.zeros(1, device=device).item()
+    except Exception as error:                              # RuntimeError, AssertionError, ...: each backend has its own
+        configs.fail(f"--device={args.device} cannot be used: {str(error).splitlines()[0]}")
+    path = Path(args.checkpoint) if args.checkpoint else newest()
+    path = next(pretrained.newest_checkpoint(path), path)   # to say which it is
+    model, c, tokenize, encode = pretrained.load(path, args.weights, device)
+    if device.type == "cuda" and c.train.precision != "fp32":
+        model.dtype = torch.bfloat16
+    for name in ("steps", "guidance", "guide", "sampler", "lo", "hi"):
+        if (text := getattr(args, name)) is not None:
+            c = configs.override(c, f"sample.{name}", text)
+    if getattr(args, "size", None):
+        c = configs.override(c, "model.size", args.size)
+    c = configs.check(c)
+    if c.sample.guide == "self" and c.sample.guidance != 1 and c.model.route.end is None:
+        configs.fail("sample.guide=self needs a route that ends (TREAD); this model was trained with lazy masking")
+    return path, model, c, tokenize, encode
+
+
+def settings(c, path, args):
+    """What a picture was made with, beside its prompt and seed."""
+    s = c.sample
+    return {"checkpoint": str(path), "weights": args.weights, "size": c.model.size, "shift": c.flow.shift, "steps": s.steps,
+            "guidance": s.guidance, "guide": s.guide, "sampler": s.sampler, "lo": s.lo, "hi": s.hi}
+
+
+@contextlib.contextmanager
+def one_line(advice):
+    """Out of memory, a full disk and Ctrl-C end the program with one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        configs.fail("interrupted")
+    except OSError as error:
+        configs.fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:            # the CPU's allocator raises a plain RuntimeError
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        configs.fail(f"out of memory: {advice}")
+
+
+def read_prompts(args):
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            prompts += [line.strip() for line in Path(args.prompts).read_text("utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            configs.fail(f"cannot read --prompts={args.prompts}: {getattr(error, 'strerror', None) or error}")
+    return prompts or configs.fail('no prompt: python sample.py "a red apple", or --prompts=<file with one a line>')
+
+
+def main():
+    parser = options(__doc__)
+    add = parser.add_argument
+    add("prompt", nargs="*")
+    add("--prompts", help="file with one prompt a line")
+    add("--seed", type=int, default=0, help="of the first picture of each prompt; the next has the next (default: 0)")
+    add("--n", type=int, default=4, help="pictures of each prompt (default: 4)")
+    add("--size", help="pixels along a side (default: as trained)")
+    add("--batch", type=int, default=64, help="pictures at a time (default: 64)")
+    add("--out", default="out", help="folder of the PNGs (default: out)")
+    args = parser.parse_args()
+    prompts = read_prompts(args)
+    if args.n < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 62:
+        configs.fail("--n and --batch must be above zero, --seed zero or more")
+    with one_line("a smaller --batch or --size needs less"):
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        path, model, c, tokenize, encode = open_checkpoint(args)
+        made = settings(c, path, args)
+        captions = [prompt for prompt in prompts for _ in range(args.n)]
+        seeds = [args.seed + i for _ in prompts for i in range(args.n)]
+        print(", ".join(f"{key} {value}" for key, value in made.items()))
+        start = time.perf_counter()
+        with tqdm(total=calls(c, len(seeds), args.batch), unit="step", disable=None) as bar:
+            images = generate(model, c, tokenize, encode, captions, seeds, bar.update, batch=args.batch)
+        took = time.perf_counter() - start
+        print(f"{len(seeds)} pictures, seeds {seeds[0]} to {seeds[-1]}, {took / len(seeds):.3g} seconds each")
+        taken = set()
+        for image, caption, seed in zip(images, captions, seeds):
+            slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:50] or "image"
+            name = f"{slug}-{seed}.png"
+            while name in taken:                            # two prompts that differ in what a file name cannot hold
+                name = "other-" + name
+            taken.add(name)
+            save_png(image, out / name, caption, seed, made)
+            print(out / name)
+        grid(images, captions, args.n if 1 < args.n <= 12 else None).save(out / "grid.png")
+        print(out / "grid.png")
+
+
+if __name__ == "__main__":
+    main()
