@@ -145,18 +145,20 @@ class Final(nn.Module):
 
 
 class PRX(nn.Module):
-    """Photoroom's denoiser at any size. `text_dim`: width of a frozen text encoder's states; None: train our own."""
+    """Photoroom's denoiser at any size. With text.encoder "bpe" our own text transformer is part of it; else it reads states
+    of width text.dim. `align_dim`: width of the REPA teacher's tokens, 0 = no projector."""
 
-    def __init__(self, c: Config, text_dim=None, align_dim=0, dtype=torch.float32):
+    def __init__(self, c: Config, align_dim=0, dtype=torch.float32):
         super().__init__()
         m, width = c.model, c.model.width
         self.patch, self.route, self.tap, self.dtype = m.patch, m.route, c.align.block, dtype
         self.checkpointing = c.train.checkpointing
         pixels = m.channels * m.patch ** 2
-        self.text = TextTransformer(c.text) if text_dim is None else None
+        own = c.text.encoder == "bpe"
+        self.text = TextTransformer(c.text) if own else None
         self.img_in = Linear(pixels, width) if not m.bottleneck else nn.Sequential(
             Linear(pixels, m.bottleneck), Linear(m.bottleneck, width))
-        self.txt_in = Linear(c.text.width if text_dim is None else text_dim, width)
+        self.txt_in = Linear(c.text.width if own else c.text.dim, width)
         self.time_in = MLPEmbedder(256, width)
         self.blocks = nn.ModuleList(Block(width, m.heads, m.mlp_ratio) for _ in range(m.depth))
         self.final = Final(width, pixels)
@@ -217,7 +219,7 @@ def count(model):
     return sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("text.", "align.")))
 
 
-def flops(c: Config, text_tokens, text_dim=None, routed=True):
+def flops(c: Config, text_tokens, routed=True):
     """FLOPs of one image's forward (twice the multiply-adds of the matrix products), `text_tokens` real ones; a training
     step costs three times that. Routed blocks count only the tokens they see."""
     m, width = c.model, c.model.width
@@ -227,10 +229,11 @@ def flops(c: Config, text_tokens, text_dim=None, routed=True):
     start = m.route.start if m.route else m.depth
     total = n * (pixels * m.bottleneck + m.bottleneck * width if m.bottleneck else pixels * width)
     total += 256 * width + width * width                                                                  # time
-    if text_dim is None:
+    own = c.text.encoder == "bpe"
+    if own:
         w, h = c.text.width, 2 * c.text.width
         total += text_tokens * c.text.depth * (4 * w * w + 3 * w * h + 2 * w * text_tokens)
-    total += text_tokens * (c.text.width if text_dim is None else text_dim) * width
+    total += text_tokens * (c.text.width if own else c.text.dim) * width
     for i in range(m.depth):
         k = kept if start <= i <= last else n
         total += k * (4 * width * width + 3 * width * hidden) + text_tokens * 2 * width * width + 6 * width * width

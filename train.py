@@ -26,7 +26,7 @@ import subprocess
 import sysconfig
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -135,7 +135,7 @@ def save(folder, step, c, model, ema, optimizer, bpe):
 
 def resume(folder, c, model, ema, optimizer, device):
     """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from."""
-    checkpoint = pretrained.newest_checkpoint(folder)
+    checkpoint = next(pretrained.newest_checkpoint(folder), None)
     if checkpoint is None:
         return 0
     free = ("train.", "sample.", "data.workers", "out", "init")                            # may change in mid-run
@@ -151,7 +151,7 @@ def resume(folder, c, model, ema, optimizer, device):
 
 def load_weights(path, model, say):
     """--init: start from another run's weights. What does not fit the new recipe is dropped, and said."""
-    checkpoint = pretrained.newest_checkpoint(path)
+    checkpoint = next(pretrained.newest_checkpoint(path), None)
     if checkpoint is None:
         fail(f"--init={path}: no checkpoint there")
     theirs, ours = load_file(checkpoint / "model.safetensors"), model.state_dict()
@@ -310,15 +310,15 @@ def plot(rows, path):
 def look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
     net = (ema if c.optim.ema else model).eval()
-    loss, bins = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
+    result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
     if rank == 0:
-        log.write(step, val_loss=loss, val_bins=[round(b, 5) for b in bins])
+        log.write(step, val_loss=result["loss"], val_bins=result["bins"])
         prompts = c.sample.prompts.split("|")
         (folder / "samples").mkdir(exist_ok=True)
         grid(generate(net, c, tokenize, encode, prompts, list(range(len(prompts)))), prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
         plot(log.rows(), folder / "loss.png")
     model.train()
-    return loss
+    return result["loss"]
 
 
 def peak_flops(device, dtype):
@@ -348,11 +348,10 @@ def peak_memory(device):
 
 def build(c, device):
     """Everything that a step needs: the model, frozen networks, optimizer. Same weights on every rank, from the seed."""
-    own = c.text.encoder == "bpe"
-    encode = None if own else pretrained.text_encoder(c, device)
+    encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device)
     teacher = pretrained.teacher(c, device) if c.align.teacher else None
     torch.manual_seed(c.seed)
-    model = PRX(c, None if own else encode.dim, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
+    model = PRX(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.align = None
     return model, ema, muon.build(model, c.optim), encode, teacher
@@ -368,6 +367,8 @@ def update_ema(c, model, ema, step):
 
 def train(c):
     rank, world, device = start()
+    if c.text.encoder != "bpe":
+        c = replace(c, text=replace(c.text, dim=pretrained.text_dim(c)))
     if (micros := c.train.batch // c.train.micro_batch) % world:
         fail(f"{micros} micro-batches cannot be shared by {world} ranks: choose --train.micro_batch so that batch / micro_batch is a multiple of {world}")
     folder = Path(c.out or f"runs/{c.name}")
@@ -390,7 +391,7 @@ def train(c):
     if null[0].shape[1] < c.text.length:                                                                  # as wide as any batch
         null = tuple(torch.nn.functional.pad(a, (0, c.text.length - a.shape[1])) for a in null)
     batches = data.batches(dataset, tokenize, c, step, rank, world)
-    cost, peak = flops(c, int(null[1].shape[1]), None if not encode else encode.dim), peak_flops(device, model.dtype)
+    cost, peak = flops(c, null[0].shape[1]), peak_flops(device, model.dtype)
     stop = []                                                                                             # the names of signals received
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))

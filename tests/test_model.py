@@ -9,8 +9,10 @@ import kernels
 from model import PRX, count, flops, patchify, unpatchify
 from pretrained import diffusers_to_prx
 
-SMALL = replace(configs.debug, model=configs.Model(size=32, patch=8, width=64, depth=4, heads=4, mlp_ratio=3.5, bottleneck=16,
+SMALL = replace(configs.debug, text=configs.Text(encoder="frozen", dim=24), model=configs.Model(size=32, patch=8, width=64, depth=4, heads=4, mlp_ratio=3.5, bottleneck=16,
                                                    route=configs.Route(1, 2, 0.5)))
+
+OWN = replace(SMALL, text=configs.debug.text)                                  # with our own text transformer
 
 
 def randomise(model, seed=0):
@@ -38,7 +40,7 @@ def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkey
     m = SMALL.model
     theirs = randomise(PRXTransformer2DModel(in_channels=3, patch_size=8, context_in_dim=24, hidden_size=64, mlp_ratio=3.5, num_heads=4,
                                              depth=4, axes_dim=[8, 8], bottleneck_size=m.bottleneck).to(dtype))
-    ours = PRX(SMALL, text_dim=24, dtype=dtype).to(dtype)
+    ours = PRX(SMALL, dtype=dtype).to(dtype)
     ours.load_state_dict(diffusers_to_prx(theirs.state_dict()))
     z, t, text, mask = inputs(dtype=dtype)
     if dtype == torch.float64:
@@ -59,13 +61,13 @@ def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkey
 
 def test_parameter_count_of_prx_512():
     with torch.device("meta"):
-        assert count(PRX(configs.prx_512, text_dim=2304, align_dim=1024)) == 1_177_215_744
-        assert count(PRX(configs.prx_512, text_dim=2048)) == 1_176_756_992
+        assert count(PRX(configs.prx_512, align_dim=1024)) == 1_177_215_744
+        assert count(PRX(replace(configs.prx_512, text=replace(configs.prx_512.text, dim=2048)))) == 1_176_756_992
 
 
 def test_output_is_exactly_zero_at_initialisation():
     z, t, text, mask = inputs()
-    assert PRX(SMALL, text_dim=24)(z, t, text, mask)[0].abs().max() == 0
+    assert PRX(SMALL)(z, t, text, mask)[0].abs().max() == 0
 
 
 def test_patchify_order_and_round_trip():
@@ -76,20 +78,20 @@ def test_patchify_order_and_round_trip():
 
 
 def test_text_padding_is_never_attended():
-    model = randomise(PRX(SMALL, text_dim=24))
+    model = randomise(PRX(SMALL))
     z, t, text, mask = inputs()
     out = model(z, t, text, mask)[0]
     assert torch.equal(out, model(z, t, torch.where(mask[..., None], text, 1e3), mask)[0])
     alone = model(z[1:2], t[1:2], text[1:2, :2], None)[0]                       # the second caption has two tokens
     torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-4)
-    own = randomise(PRX(SMALL))                                                 # the same for our own text transformer
+    own = randomise(PRX(OWN))                                                 # the same for our own text transformer
     ids = torch.randint(0, 256, (3, 5))
     padded, cut = own(z, t, ids, mask)[0], own(z[1:2], t[1:2], ids[1:2, :2], mask[1:2, :2])[0]
     torch.testing.assert_close(padded[1:2], cut, rtol=1e-4, atol=1e-4)
 
 
 def test_text_keys_and_values_can_be_computed_once():
-    model = randomise(PRX(SMALL, text_dim=24))
+    model = randomise(PRX(SMALL))
     z, t, text, mask = inputs()
     assert torch.equal(model(z, t, model.text_kv(text, mask), mask)[0], model(z, t, text, mask)[0])
 
@@ -97,7 +99,7 @@ def test_text_keys_and_values_can_be_computed_once():
 @pytest.mark.parametrize("end", [2, None])
 def test_keeping_all_tokens_equals_dense_exactly(end):
     c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 1.0)))
-    model = randomise(PRX(c, text_dim=24))
+    model = randomise(PRX(c))
     z, t, text, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(ids, torch.arange(16).expand(3, 16))
@@ -127,7 +129,7 @@ def routed_by_loops(model, z, t, text, mask, ids):
 @pytest.mark.parametrize("end", [2, None])
 def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
     c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)))
-    model = randomise(PRX(c, text_dim=24))
+    model = randomise(PRX(c))
     z, t, text, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
     seen = []
@@ -149,7 +151,7 @@ def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
 
 @pytest.mark.parametrize("end", [2, None])
 def test_gradients_reach_every_parameter_through_the_route(end):
-    c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)), align=replace(SMALL.align, block=1, hidden=16))
+    c = replace(OWN, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)), align=replace(SMALL.align, block=1, hidden=16))
     model = randomise(PRX(c, align_dim=8))
     z, t, _, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
@@ -173,7 +175,7 @@ def test_checkpointing_changes_no_gradient():
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
     gradients = []
     for on in (False, True):
-        model = randomise(PRX(replace(SMALL, train=replace(SMALL.train, checkpointing=on)), text_dim=24))
+        model = randomise(PRX(replace(SMALL, train=replace(SMALL.train, checkpointing=on))))
         model(z, t, text, mask, ids)[0].square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
@@ -185,12 +187,11 @@ def test_flops_formula_equals_the_counter(route):
     z, t, text, _ = inputs()
     ids = route and kernels.keep_tokens(1, 16, route.keep, torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
-        PRX(c, text_dim=24)(z[:1], t[:1], text[:1], None, ids)
-    projected = 2 * 4 * 5 * 2 * 64 * 64                                          # text keys and values
-    assert projected > 0 and counter.get_total_flops() == flops(c, 5, 24)
+        PRX(c)(z[:1], t[:1], text[:1], None, ids)
+    assert counter.get_total_flops() == flops(c, 5)
 
 
 def test_published_flops():
-    dense, routed = flops(configs.prx_512, 256, 2304, routed=False), flops(configs.prx_512, 256, 2304)
+    dense, routed = flops(configs.prx_512, 256, routed=False), flops(configs.prx_512, 256)
     assert abs(3 * dense / 1e12 - 1.366) < 1e-3 and abs(3 * routed / 1e12 - 0.841) < 1e-3
-    assert abs(3 * flops(configs.prx_1024, 256, 2304, routed=False) / 1e12 - 5.236) < 1e-3
+    assert abs(3 * flops(configs.prx_1024, 256, routed=False) / 1e12 - 5.236) < 1e-3

@@ -167,7 +167,7 @@ def test_groups_of_the_model():
     assert all(p.ndim < 2 for g in opt.param_groups if g["decay"] == 0 for p in g["params"])
     assert [g["kind"] for g in muon.build(model, configs.Optim(name="adamw")).param_groups] == ["adamw", "adamw"]
     with torch.device("meta"):
-        prx = PRX(configs.prx_512, text_dim=2304, align_dim=1024)
+        prx = PRX(configs.prx_512, align_dim=1024)
     sizes = [sum(p.numel() for p in g["params"]) for g in muon.build(prx, configs.prx_512.optim).param_groups]
     assert sizes[0] == 1_156_055_040 and sum(sizes[1:]) - sum(p.numel() for p in prx.align.parameters()) == 21_160_704
 
