@@ -6,7 +6,7 @@
 A dataset has len(), .captions (the possible captions of each item) and .get(index, choice) -> (uint8 (3, H, W), caption).
 What a run sees is a pure function of its seed and of the position in it: nothing here has a state to be saved.
 
-    b batch, L text tokens, H and W pixels, P the (emoji, background) pairs
+    b micro-batch, L text tokens, H and W pixels, E drawings
 """
 import functools, hashlib, importlib.util, itertools, json, re, signal, sys, unicodedata, warnings
 from pathlib import Path
@@ -57,7 +57,7 @@ UNCOUNTED = """accommodation bacon bath bowling bread broccoli butter camping co
 
 
 class Emoji:
-    """The drawings `art` (premultiplied RGBA, uint8 (E, 4, H, W)) on plain backgrounds: items are the (emoji, background) `pairs`."""
+    """Drawings on plain backgrounds. art: premultiplied RGBA, uint8 (E, 4, H, W). Items are the (emoji, background) `pairs`."""
 
     def __init__(self, art, names, codes, pairs):
         self.art, self.names, self.codes, self.pairs, self.colors = art, names, codes, pairs, list(COLORS)
@@ -251,7 +251,7 @@ class Folder:
             tqdm.write(f"skipped {name}: {new[name]}", file=sys.stderr)
         if new and len(self.bad) > 20:
             tqdm.write(f"skipped {len(self.bad)} of {self.total} images so far", file=sys.stderr)
-        if len(self.bad) > self.max_bad * self.total:
+        if len(self.bad) / self.total > self.max_bad:
             configs.fail(f"{len(self.bad)} of {self.total} images in {self.root} cannot be used; "
                          f"--data.max_bad={np.ceil(100 * len(self.bad) / self.total) / 100:g} would go on without them")
 
@@ -314,7 +314,8 @@ def metadata(root):
 
 
 def reason(error):
-    text = getattr(error, "strerror", None) or re.sub(r" (Posix|Windows)?(Path\()?'.*", "", str(error), flags=re.S)     # without the path
+    """In one line, without the path."""
+    text = getattr(error, "strerror", None) or re.sub(r" (\w*Path\()?'.*", "", str(error), flags=re.DOTALL)
     return " ".join(text.split())[:200] or type(error).__name__
 
 
@@ -431,7 +432,7 @@ if __name__ == "__main__":
     train, val = load(c)
     print(f"{c.data.source}: {len(train)} items to train on, {len(val)} held out, {c.model.size} pixels")
     if isinstance(train, Emoji):
-        print(f"{len(train.names)} drawings ({c.data.subset}; {c.data.styles}) on {len(COLORS)} backgrounds ({', '.join(COLORS)})")
+        print(f"{len(train.names)} drawings ({c.data.subset}; {c.data.styles}) on {len(COLORS)} backgrounds: {', '.join(COLORS)}")
     print("captions such as:", "; ".join(train.captions[0] + val.captions[0]))
     target = Path("out") / f"{'emoji' if isinstance(train, Emoji) else train.root.resolve().name}.png"
     sheet(train, target)

