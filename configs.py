@@ -117,7 +117,9 @@ class Sample:
     sampler: str = "multistep"      # "euler", "heun" or "multistep"
     lo: float = 0.0                 # guidance acts while lo <= t <= hi ...
     hi: float = 1.0                 # ... and costs nothing outside
-    prompts: str = "red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background"  # of the training grid, parted by |
+    prompts: str = ("red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background|"
+                    "strawberry on a white background|penguin on an orange background|hamburger on a purple background|"
+                    "tropical fish on a black background")      # of the training grid, parted by |
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,8 @@ def check(c):
         ok(0 < r.keep <= 1, "model.route.keep lies between 0 (excluded) and 1")
     if c.align.teacher:
         ok(0 <= c.align.block < m.depth, f"align.block {c.align.block} must be a block of model.depth {m.depth}: 0..{m.depth - 1}")
-    ok(s.guide != "self" or m.route, "sample.guide=self compares dense with routed: it needs model.route")
+    ok(s.guide != "self" or m.route and m.route.end is not None, "sample.guide=self compares dense with routed: it needs a model.route with an end")
+    ok(0 <= s.lo <= s.hi <= 1, f"sample.lo={s.lo} and sample.hi={s.hi}: guidance acts while lo <= t <= hi, both between 0 and 1")
     return c
 
 
