@@ -124,9 +124,29 @@ def from_hub(kind, name, flag, **options):
         fail(f"{flag}={name} cannot be loaded; give {flag}=<folder> with config.json and *.safetensors. transformers says: {reason}")
 
 
-def frozen(kind, name, flag, config, device):
-    """The model with the weights of `name`, every one of them found, in bf16 on GPU and fp32 on CPU."""
+# The published recipes' networks, so that train.py --bench can time them with random weights and no download.
+KNOWN = {
+    "google/t5gemma-2b-2b-ul2": ("T5GemmaConfig", {}),       # transformers' defaults are this model
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": ("DINOv3ViTConfig", dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4)),
+}
+
+
+def configuration(name, flag, weights=True):
+    """The model's config.json; of the KNOWN ones, if no weights are wanted, without asking the hub."""
+    import transformers
+    if not weights and name in KNOWN:
+        kind, options = KNOWN[name]
+        return getattr(transformers, kind)(**options)
+    return from_hub(transformers.AutoConfig, name, flag)
+
+
+def frozen(kind, name, flag, config, device, weights=True):
+    """The model with the weights of `name`, every one of them found, in bf16 on GPU and fp32 on CPU. weights=False: random ones."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if not weights:
+        with torch.device(device):
+            return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model, info = from_hub(kind, name, flag, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)             # poolers are not used here
     if missing:                                             # transformers would go on with random numbers in their place
@@ -134,30 +154,29 @@ def frozen(kind, name, flag, config, device):
     return model.to(device).eval().requires_grad_(False)
 
 
-def text_config(c):
-    from transformers import AutoConfig
-    config = from_hub(AutoConfig, c.text.encoder, "--text")
+def text_config(c, weights=True):
+    config = configuration(c.text.encoder, "--text", weights)
     return getattr(config, "text_config", config)           # the language part of CLIP and the like
 
 
-def text_dim(c):
+def text_dim(c, weights=True):
     """Width of the text states, from the configuration alone."""
     if c.text.dim or c.text.encoder == "bpe":
         return c.text.dim or c.text.width
-    config = text_config(c)
+    config = text_config(c, weights)
     return getattr(config, "encoder", config).hidden_size   # T5Gemma: two configurations in one
 
 
-def text_encoder(c, device):
+def text_encoder(c, device, weights=True):
     """-> callable: ids, mask -> states (B, L, D), the last hidden states. Of T5 and T5Gemma only the encoder is loaded."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as encoders
-    config, dim = text_config(c), text_dim(replace(c, text=replace(c.text, dim=0)))
+    config, dim = text_config(c, weights), text_dim(replace(c, text=replace(c.text, dim=0)), weights)
     if c.text.dim not in (0, dim):
         fail(f"text.dim is {c.text.dim}, but the states of --text={c.text.encoder} are {dim} wide: set --text.dim={dim} or 0")
     config.is_encoder_decoder = config.use_cache = False
     kind = AutoModelForTextEncoding if config.model_type in encoders else AutoModel
-    model = frozen(kind, c.text.encoder, "--text", config, device)
+    model = frozen(kind, c.text.encoder, "--text", config, device, weights)
 
     @torch.no_grad()
     def encode(ids, mask):
@@ -166,9 +185,8 @@ def text_encoder(c, device):
     return encode
 
 
-def teacher_config(c):
-    from transformers import AutoConfig
-    config = from_hub(AutoConfig, c.align.teacher, "--teacher")
+def teacher_config(c, weights=True):
+    config = configuration(c.align.teacher, "--teacher", weights)
     return getattr(config, "vision_config", config)         # the vision part of CLIP, SigLIP
 
 
@@ -188,12 +206,12 @@ def pixel_statistics(name, model_type):
         return getattr(image_utils, kind + "_MEAN"), getattr(image_utils, kind + "_STD")
 
 
-def teacher(c, device):
+def teacher(c, device, weights=True):
     """-> callable: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, N, D), row by row on the denoiser's own grid.
 
     Layer -1 is the model's own last state, after its final norm where it has one for patches (CLIP has not)."""
     from transformers import AutoModel
-    name, config, grid = c.align.teacher, teacher_config(c), c.model.size // c.model.patch
+    name, config, grid = c.align.teacher, teacher_config(c, weights), c.model.size // c.model.patch
     patch, depth = getattr(config, "patch_size", None), getattr(config, "num_hidden_layers", 0)
     if not isinstance(patch, int) or not depth or hasattr(config, "num_patches"):           # convolutional; SigLIP 2 NaFlex
         fail(f"--teacher={name} is a {config.model_type}, not a vision transformer that takes a plain image")
@@ -204,9 +222,9 @@ def teacher(c, device):
         fail(f"align.layer {layer} must lie in 1..{depth} (after which of the teacher's blocks), or be -1: after the last and its norm")
     if 0 < layer < depth:
         config.num_hidden_layers = layer + 1                # later blocks are not even loaded (of the last, some models norm the state)
-    model = frozen(AutoModel, name, "--teacher", config, device)
+    model = frozen(AutoModel, name, "--teacher", config, device, weights)
     resize = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters else {}
-    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name, config.model_type))
+    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
     patches = side // patch
 
     @torch.no_grad()

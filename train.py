@@ -346,10 +346,10 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
 
 
-def build(c, device):
+def build(c, device, weights=True):
     """Everything that a step needs: the model, frozen networks, optimizer. Same weights on every rank, from the seed."""
-    encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device)
-    teacher = pretrained.teacher(c, device) if c.align.teacher else None
+    encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device, weights)
+    teacher = pretrained.teacher(c, device, weights) if c.align.teacher else None
     torch.manual_seed(c.seed)
     model = PRX(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -460,5 +460,90 @@ def train(c):
     leave(world)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+def bench(c, repeats=20):
+    """Time a training step by part on synthetic data, frozen networks with random weights, one micro-batch per step."""
+    device = start()[2]
+    if c.text.encoder != "bpe":
+        c = replace(c, text=replace(c.text, dim=pretrained.text_dim(c, weights=False)))
+    size, length, spent = c.train.micro_batch, c.text.length, {}
+
+    def timed(part, function):
+        """`function`, with its seconds (the device's included) added to `spent`."""
+        def run(*args, **kwargs):
+            wait(device)
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait(device)
+            spent.setdefault(part, []).append(time.perf_counter() - begin)
+            return result
+        return run
+
+    model, ema, optimizer, encode, teacher = build(c, device, weights=False)
+    compiled = compile_blocks(c, model, device)
+    model.train()
+    real = torch.randint(length // 4, length // 2 + 1, (size, 1))                                         # captions of ordinary length
+    host = {"image": torch.randint(0, 256, (size, c.model.channels, c.model.size, c.model.size), dtype=torch.uint8),
+            "ids": torch.randint(0, 256, (size, length)), "mask": torch.arange(length) < real}
+    null = tuple(a.to(device) for a in (torch.zeros(1, length, dtype=torch.int64), torch.arange(length)[None] < 1))
+    to_device = lambda: {k: v.to(device) for k, v in host.items()}
+
+    def step(number, clock=lambda part, function: function):
+        batch = clock("data", to_device)()
+        generator = torch.Generator(device).manual_seed(number)
+        loss, _ = clock("forward", losses)(c, model, batch, null, encode and clock("text", encode), teacher and clock("teacher", teacher), generator)
+        clock("backward", loss.backward)()
+        clock("optimizer", update)()
+
+    def update():
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip or math.inf)
+        optimizer.step(skip=(~norm.isfinite()).float())
+        optimizer.zero_grad()
+
+    for number in range(3):                                                                               # compile, allocate, warm up
+        step(number)
+        update_ema(c, model, ema, 1)
+    wait(device)
+    whole = []
+    for number in tqdm(range(repeats), desc=c.name, leave=False):
+        begin = time.perf_counter()
+        step(number)
+        if number % c.optim.ema_every == 0:
+            update_ema(c, model, ema, 1)
+        wait(device)
+        whole.append(time.perf_counter() - begin)
+        step(number, timed)
+        timed("ema", update_ema)(c, model, ema, 1)
+    seconds = sorted(whole)[len(whole) // 2]
+    parts = {part: 1000 * sorted(values)[len(values) // 2] for part, values in spent.items()}
+    parts["forward"] -= parts.get("text", 0) + parts.get("teacher", 0)
+    parts["ema"] /= c.optim.ema_every
+    row = {"recipe": c.name, **provenance(device), "dtype": str(model.dtype)[6:], "compiled": compiled, "micro_batch": size, "repeats": repeats,
+           "img_s": size / seconds, "ms": 1000 * seconds, "ms_min": 1000 * min(whole), "ms_max": 1000 * max(whole), **{f"ms_{k}": v for k, v in parts.items()},
+           "mfu": 3 * flops(c, length) * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
+    print(f"\n{c.name}: {row['device']}, torch {row['torch']}, {row['dtype']}, {'compiled' if compiled else 'eager'}, micro-batch {size}")
+    for part in ("data", "text", "teacher", "forward", "backward", "optimizer", "ema"):
+        if part in parts:
+            print(f"  {part:10} {parts[part]:9.1f} ms {parts[part] / row['ms']:7.0%}")
+    print(f"  {'step':10} {row['ms']:9.1f} ms (median of {repeats}; {row['ms_min']:.1f} to {row['ms_max']:.1f})   "
+          f"{row['img_s']:.0f} images/s   MFU {row['mfu']:.0%}   peak memory {row['gib']:.1f} GiB")
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+
+
+def main(argv):
+    wanted = next((a.split("=", 1)[1] for a in argv if a.startswith("--bench=")), None)
+    if wanted is None:
+        return train(configs.parse(argv))
+    rest = [a for a in argv if not a.startswith(("--bench=", "--config="))]
+    for name in configs.recipes if wanted == "all" else wanted.split(","):
+        c = configs.parse([f"--config={name}", *rest])
+        if not torch.cuda.is_available() and c.model.width > 1024:
+            print(f"{name}: too large to time without a GPU, skipped")
+        else:
+            bench(c)
+
+
 if __name__ == "__main__":
-    train(configs.parse(sys.argv[1:]))
+    main(sys.argv[1:])
