@@ -147,6 +147,11 @@ emoji = Config(
     # python train.py
     # 2 CPU cores: see RESULTS.md
     name="emoji",
+    text=Text(length=12, width=192, depth=2, heads=3),
+    model=Model(size=48, patch=8, width=192, depth=6, heads=3),
+    optim=Optim(lr=2e-3, adam_lr=2e-3, warmup=3_000, cooldown=0.3),
+    train=Train(images=115_200, batch=64, micro_batch=64, eval_every=19_200, save_every=38_400),
+    sample=Sample(guidance=2.0),
 )
 
 emoji_gpu = Config(
