@@ -53,6 +53,7 @@ class Model:
     heads: int = 4                  # width / heads must be a multiple of 4 (two RoPE axes of pairs)
     mlp_ratio: float = 3.5          # GEGLU hidden width / width
     bottleneck: int = 0             # width between the two linear maps of the patch embedding; 0 = one map
+    absolute: bool = False          # add fixed sin-cos positions to the tokens, beside RoPE (JiT does, PRX does not)
     route: Route | None = None      # token routing: none, or start,end,keep as in --model.route=2,12,0.5
 
 
@@ -148,7 +149,7 @@ emoji = Config(
     # 2 CPU cores: see RESULTS.md
     name="emoji",
     text=Text(length=12, width=192, depth=2, heads=3),
-    model=Model(size=48, patch=8, width=192, depth=6, heads=3),
+    model=Model(size=48, patch=8, width=192, depth=6, heads=3, absolute=True),
     optim=Optim(lr=2e-3, adam_lr=2e-3, warmup=3_000, cooldown=0.3),
     train=Train(images=115_200, batch=64, micro_batch=64, eval_every=19_200, save_every=38_400),
     sample=Sample(guidance=2.0),

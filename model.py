@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs import Config
-from kernels import attention, gather_tokens, geglu, modulate_norm, norm_rope, rms_norm, rope_table, scatter_tokens
+from kernels import attention, gather_tokens, geglu, modulate_norm, norm_rope, rms_norm, rope_table, scatter_tokens, sincos_table
 
 
 class Linear(nn.Linear):
@@ -151,8 +151,8 @@ class PRX(nn.Module):
     def __init__(self, c: Config, align_dim=0, dtype=torch.float32):
         super().__init__()
         m, width = c.model, c.model.width
-        self.patch, self.route, self.tap, self.dtype = m.patch, m.route, c.align.block, dtype
-        self.checkpointing = c.train.checkpointing
+        self.patch, self.route, self.tap, self.absolute, self.dtype = m.patch, m.route, c.align.block, m.absolute, dtype
+        self.checkpointing, self.grid, self.held = c.train.checkpointing, None, None
         pixels = m.channels * m.patch ** 2
         own = c.text.encoder == "bpe"
         self.text = TextTransformer(c.text) if own else None
@@ -168,12 +168,13 @@ class PRX(nn.Module):
         self.align = nn.Sequential(nn.Linear(width, c.align.hidden), nn.SiLU(), nn.Linear(c.align.hidden, c.align.hidden),
                                    nn.SiLU(), nn.Linear(c.align.hidden, align_dim)) if align_dim else None
 
-    def table(self, rows, cols, device):
-        """RoPE angles of the grid, (N, D / 2, 2) fp32; made once for each grid."""
+    def positions(self, rows, cols, device):
+        """Of the grid, made once: RoPE angles (N, D / 2, 2) fp32, and what is added to the tokens, (N, C) or 0."""
         key = (rows, cols, device)
-        if getattr(self, "_table_key", None) != key:
-            self._table_key, self._table = key, rope_table(rows, cols, self.blocks[0].q_norm.shape[0], device=device)
-        return self._table
+        if self.grid != key:
+            added = sincos_table(rows, cols, self.txt_in.out_features, device) if self.absolute else 0
+            self.grid, self.held = key, (rope_table(rows, cols, self.blocks[0].q_norm.shape[0], device=device), added)
+        return self.held
 
     def read(self, text, mask):
         """Token ids (B, L) or a frozen encoder's states (B, L, .) -> what the blocks attend to, (B, L, C)."""
@@ -190,8 +191,8 @@ class PRX(nn.Module):
         -> tokens of the prediction (B, N, c P P), or (B, K, c P P) under lazy masking, fp32 for a bf16 model; and the
         REPA head's reading of the tokens after block `tap`, (B, N or K, D of the teacher), None without a head."""
         rows, cols = z.shape[2] // self.patch, z.shape[3] // self.patch
-        table = self.table(rows, cols, z.device)
-        x = self.img_in(patchify(z, self.patch).to(self.dtype))                                           # (B, N, C)
+        table, added = self.positions(rows, cols, z.device)
+        x = (self.img_in(patchify(z, self.patch).to(self.dtype)) + added).to(self.dtype)                  # (B, N, C)
         vec = F.silu(self.time_in(timestep_embedding(t).to(self.dtype)))                                  # (B, C)
         kv = text if isinstance(text, list) else [self.read(text, mask)] * len(self.blocks)
         see = lambda tokens: None if mask is None else F.pad(mask, (0, tokens), value=True)               # (B, L + tokens)

@@ -46,7 +46,7 @@ def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkey
     if dtype == torch.float64:
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
         monkeypatch.setattr(RMSNorm, "forward", lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps))
-        ours._table_key, ours._table = (4, 4, z.device), kernels.rope_table(4, 4, 16, dtype=dtype)
+        ours.grid, ours.held = (4, 4, z.device), (kernels.rope_table(4, 4, 16, dtype=dtype), 0)
     out = unpatchify(ours(z, t, text, mask)[0], 8, 32, 32)
     reference = theirs(z, t, text, attention_mask=mask, return_dict=False)[0]
     scale = reference.abs().max()
@@ -113,7 +113,7 @@ def routed_by_loops(model, z, t, text, mask, ids):
         x = model.img_in(patchify(z[b:b + 1], model.patch))
         vec = torch.nn.functional.silu(model.time_in(__import__("model").timestep_embedding(t[b:b + 1])))
         txt = model.read(text[b:b + 1], None)[:, mask[b]]
-        table, here = model.table(4, 4, z.device), slice(None)
+        table, here = model.positions(4, 4, z.device)[0], slice(None)
         seen = []
         for i, block in enumerate(model.blocks):
             here = ids[b] if model.route.start <= i and (model.route.end is None or i <= model.route.end) else slice(None)
