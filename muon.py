@@ -28,7 +28,8 @@ class Muon(torch.optim.Optimizer):
             skip = None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            (self.muon if group["kind"] == "muon" else self.adamw)(params, group["lr"], group["decay"], skip)
+            if params:
+                (self.muon if group["kind"] == "muon" else self.adamw)(params, group["lr"], group["decay"], skip)
 
     def muon(self, params, lr, decay, skip):
         state = [self.state[p] for p in params]
@@ -58,16 +59,15 @@ class Muon(torch.optim.Optimizer):
         for p, s in zip(params, state):
             if not s:
                 s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        if params:
-            adamw(params, [p.grad for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
-                  [s["step"] for s in state], fused=True, found_inf=skip, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1],
-                  lr=lr, weight_decay=decay, eps=self.eps, maximize=False)
+        adamw(params, [p.grad for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
+              [s["step"] for s in state], fused=True, found_inf=skip, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1],
+              lr=lr, weight_decay=decay, eps=self.eps, maximize=False)
 
 
 def build(model, o):
     """The optimizer of a model under configs.Optim `o`. Every parameter is in exactly one group."""
     matrices, tables, rest = [], [], []
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters(remove_duplicate=False):           # a tied one would appear twice
         inside = p.ndim == 2 and "blocks" in name.split(".") and o.name == "muon"
         (matrices if inside else tables if p.ndim > 1 else rest).append(p)
     groups = [dict(params=matrices, kind="muon", base_lr=o.lr, decay=o.decay), dict(params=tables, kind="adamw", base_lr=o.adam_lr, decay=o.decay),

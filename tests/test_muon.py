@@ -177,6 +177,21 @@ def test_a_parameter_in_two_groups_is_refused():
     model.named_parameters = lambda **_: [*PRX.named_parameters(model), ("again", model.final.linear.weight)]
     with pytest.raises(AssertionError, match="exactly one group"):
         muon.build(model, configs.Optim())
+    tied = nn.ModuleDict({"blocks": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    muon.build(tied, configs.Optim())
+    tied["head"].weight = tied["blocks"].weight
+    with pytest.raises(AssertionError, match="exactly one group"):
+        muon.build(tied, configs.Optim())
+
+
+def test_without_gradient_nothing_moves():
+    ours, _ = same([(8, 8), (8, 8), (8,)])
+    opt = muon.Muon([group(ours[:2]), group(ours[2:], "adamw")])
+    before = [p.detach().clone() for p in ours]
+    opt.step()                                                                  # none has one: frozen, or after zero_grad
+    ours[0].grad = torch.ones(8, 8)
+    opt.step()
+    assert [torch.equal(p, b) for p, b in zip(ours, before)] == [False, True, True]
 
 
 def test_it_solves_a_least_squares_problem():
