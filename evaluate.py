@@ -43,7 +43,7 @@ def validation_loss(model, c, tokenize, encode, dataset, n, rank=0, world=1, dev
         eps = c.flow.noise * flow.noise(items, x.shape[1:]).to(device)
         z = flow.interpolate(x, eps, t)
         out, _ = model(z, t, ids if encode is None else encode(ids, mask), mask)
-        loss = flow.loss(c.flow.prediction, unpatchify(out, c.model.patch, *x.shape[2:]), x, eps, z, t)   # (B,)
+        loss = flow.loss(c.flow.prediction, unpatchify(out, c.model.patch, *x.shape[2:]), x, eps, t)   # (B,)
         sums[0].index_add_(0, (u * BINS).long(), loss.double().cpu())
         sums[1].index_add_(0, (u * BINS).long(), torch.ones(len(items), dtype=torch.float64))
     if dist.is_initialized():

@@ -49,7 +49,7 @@ def to_x(prediction, out, z, t):
     return out if prediction == "x" else z - wide(t, z) * out
 
 
-def loss(prediction, out, x, eps, z, t):
+def loss(prediction, out, x, eps, t):
     """Squared error of the velocity, mean per sample (B,), in fp32 also if `out` is bf16 (x and eps are fp32).
 
     For x-prediction, output and target both go through the clamped `to_v`; z cancels: |x_hat - x|^2 / max(t, T_MIN)^2."""

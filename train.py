@@ -188,7 +188,7 @@ def losses(c, model, batch, null, encode, teacher, generator):
 
     z = flow.interpolate(x, eps, t)
     out, tapped = model(z, t, encode(ids, mask) if encode else ids, mask, keep_ids)                       # (B, N or K, c P P)
-    tokens = [patchify(image, c.model.patch) for image in (x, eps, z)]
+    tokens = [patchify(image, c.model.patch) for image in (x, eps)]
     if out.shape[1] < tokens[0].shape[1]:                                                                 # lazy masking: kept tokens only
         tokens = [kernels.gather_tokens(a, keep_ids) for a in tokens]
     loss = flow.loss(c.flow.prediction, out, *tokens, t).mean()
@@ -436,7 +436,9 @@ def train(c):
             fail(f"ten steps in a row without a finite gradient: lower --optim.lr or raise --optim.warmup (the last checkpoint in {folder} is from before)")
         # log, look, save
         if step % c.train.log_every == 0 or step == steps:
-            loss, align = (total / (step - since)).tolist()
+            if world > 1:
+                dist.all_reduce(total)
+            loss, align = (total / (step - since) / world).tolist()
             rate = (step - since) * c.train.batch / clock.lap()
             log.write(step, loss=loss, align=align, norm=norm.item(), lr=optimizer.param_groups[0]["lr"], img_s=rate, minutes=clock.total() / 60,
                       mfu=3 * cost * rate / world / peak, gib=peak_memory(device), bad=bad)

@@ -104,7 +104,7 @@ def test_image_velocity_and_noise_are_recovered():
 @pytest.mark.parametrize("shape", [(3, 4, 4), (5, 12)])
 def test_the_same_image_costs_the_same_as_x_and_as_v(shape):
     x, eps, x_hat, t, z = case(shape)
-    as_x, as_v = flow.loss("x", x_hat, x, eps, z, t), flow.loss("v", flow.to_v("x", x_hat, z, t), x, eps, z, t)
+    as_x, as_v = flow.loss("x", x_hat, x, eps, t), flow.loss("v", flow.to_v("x", x_hat, z, t), x, eps, t)
     assert as_x.shape == (6,) and as_x.min() > 0
     torch.testing.assert_close(as_x, as_v, rtol=1e-10, atol=0)
 
@@ -112,18 +112,18 @@ def test_the_same_image_costs_the_same_as_x_and_as_v(shape):
 def test_loss_by_definition_also_where_t_is_small():
     x, eps, x_hat, t, z = case(t=(0.001, 0.01, 0.0499, 0.0501, 0.5, 0.999))
     for i in range(6):
-        assert flow.loss("x", x_hat, x, eps, z, t)[i].item() == pytest.approx(((x_hat[i] - x[i]) ** 2).mean().item() / max(t[i].item(), 0.05) ** 2, rel=1e-12)
-        assert flow.loss("v", x_hat, x, eps, z, t)[i].item() == pytest.approx(((x_hat[i] - eps[i] + x[i]) ** 2).mean().item(), rel=1e-12)
+        assert flow.loss("x", x_hat, x, eps, t)[i].item() == pytest.approx(((x_hat[i] - x[i]) ** 2).mean().item() / max(t[i].item(), 0.05) ** 2, rel=1e-12)
+        assert flow.loss("v", x_hat, x, eps, t)[i].item() == pytest.approx(((x_hat[i] - eps[i] + x[i]) ** 2).mean().item(), rel=1e-12)
     both_clamped = (flow.to_v("x", x_hat, z, t) - flow.to_v("x", x, z, t)).square().flatten(1).mean(1)
-    torch.testing.assert_close(flow.loss("x", x_hat, x, eps, z, t), both_clamped)
+    torch.testing.assert_close(flow.loss("x", x_hat, x, eps, t), both_clamped)
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_loss_is_fp32_when_the_network_is_bf16(prediction):
     x, eps, out, t, z = (a.float() for a in case())
-    loss = flow.loss(prediction, out.bfloat16(), x, eps, z, t)
+    loss = flow.loss(prediction, out.bfloat16(), x, eps, t)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, flow.loss(prediction, out.bfloat16().float(), x, eps, z, t))
+    assert torch.equal(loss, flow.loss(prediction, out.bfloat16().float(), x, eps, t))
 
 
 # ------------------------------------------------------------------------------------------------------------------
