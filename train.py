@@ -357,6 +357,14 @@ def build(c, device, weights=True):
     return model, ema, muon.build(model, c.optim), encode, teacher
 
 
+def vocabulary(c, dataset):
+    """The byte pairs of the run that this one starts from, else of the captions."""
+    theirs = next(pretrained.newest_checkpoint(c.init), None) if c.init else None
+    if theirs and (theirs / "bpe.tiktoken").exists():
+        return pretrained.bpe_load(theirs / "bpe.tiktoken")
+    return pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
+
+
 def update_ema(c, model, ema, step):
     """Ramped up, so that the first thousand steps are not an average with the initialisation."""
     decay = min(c.optim.ema, (1 + step) / (10 + step)) ** c.optim.ema_every
@@ -374,7 +382,7 @@ def train(c):
     folder = Path(c.out or f"runs/{c.name}")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    bpe = pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab) if c.text.encoder == "bpe" else None
+    bpe = vocabulary(c, dataset) if c.text.encoder == "bpe" else None
     tokenize = pretrained.tokenizer(c, bpe)
     model, ema, optimizer, encode, teacher = build(c, device)
     if c.init:
@@ -433,6 +441,7 @@ def train(c):
         if skipped:
             say(f"step {step - 2}: the gradient is not finite; skipped ({bad} in a row)")
         if bad == 10:
+            bar.close()
             fail(f"ten steps in a row without a finite gradient: lower --optim.lr or raise --optim.warmup (the last checkpoint in {folder} is from before)")
         # log, look, save
         if step % c.train.log_every == 0 or step == steps:
@@ -537,7 +546,10 @@ def bench(c, repeats=20):
 def main(argv):
     wanted = next((a.split("=", 1)[1] for a in argv if a.startswith("--bench=")), None)
     if wanted is None:
-        return train(configs.parse(argv))
+        try:
+            return train(configs.parse(argv))
+        except torch.OutOfMemoryError:
+            fail("the device is out of memory: lower --train.micro_batch, or trade time for memory with --train.checkpointing=yes")
     rest = [a for a in argv if not a.startswith(("--bench=", "--config="))]
     for name in configs.recipes if wanted == "all" else wanted.split(","):
         c = configs.parse([f"--config={name}", *rest])
