@@ -287,7 +287,7 @@ def damage(folder):
         json.loads((folder / "config.json").read_text())
         for file in {folder / "model.safetensors", *folder.glob("*.safetensors")}:
             with open(file, "rb") as f:
-                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+                header = json.loads(f.read(min(int.from_bytes(f.read(8), "little"), 100_000_000)))        # the format's limit
                 end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
                 if f.tell() + end != file.stat().st_size:
                     return f"{file.name} is {file.stat().st_size} bytes and should be {f.tell() + end}"
@@ -300,7 +300,7 @@ def damage(folder):
                 if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
                     return f"{name} does not match its sha256"
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 
