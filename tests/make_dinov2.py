@@ -32,8 +32,9 @@ def backbone(graph):
     for node in graph.node:                                 # the export transposed weights and lost their names; nodes have them
         if node.op_type == "MatMul" and node.input[1] in arrays:
             state[node.name.removesuffix("/MatMul").strip("/").replace("/", ".") + ".weight"] = arrays[node.input[1]].T
-    cls, patches = (next(a for name, a in arrays.items() if name.startswith("onnx::") and a.shape == (1, n, 384)) for n in (1, 37 ** 2))
-    state["backbone.embeddings.position_embeddings"] = np.concatenate([cls, patches], 1)
+    unnamed = {array.shape: array for name, array in arrays.items() if name.startswith("onnx::")}
+    positions = [unnamed[1, 1, 384], unnamed[1, 37 * 37, 384]]                                     # of CLS and of the patches
+    state["backbone.embeddings.position_embeddings"] = np.concatenate(positions, 1)
     for old, new in RENAMES.items():
         state = {name.replace(old, new): array for name, array in state.items()}
     return {name.removeprefix("backbone."): array for name, array in state.items()}
@@ -43,7 +44,7 @@ def main(out):
     import onnx, torch
     from transformers import Dinov2Config, Dinov2Model
     state = {name: torch.from_numpy(array.copy()) for name, array in backbone(onnx.load(onnx_file()).graph).items()}
-    model = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14, use_mask_token=False))
+    model = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False))
     model.load_state_dict(state, strict=True)
     model.save_pretrained(out)
     (Path(out) / "preprocessor_config.json").write_text(json.dumps(

@@ -43,7 +43,8 @@ def one_line(action, *words):
 def test_import_is_light():
     heavy = "transformers diffusers tokenizers tiktoken onnx".split()
     code = f"import sys, pretrained; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    root = Path(pretrained.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_bpe_encodes_as_tokenizers_and_decodes():
     names = emoji_names()
     train, unseen = names[::2], names[1::2] + UNSEEN
     ranks = pretrained.bpe_train(train, 1024)
-    assert len(ranks) == len(set(ranks)) == 1023 and ranks[:256] == [bytes([i]) for i in range(256)]
+    assert 500 < len(ranks) == len(set(ranks)) <= 1023 and ranks[:256] == [bytes([i]) for i in range(256)]
     encoding, reference = pretrained.bpe_encoding(ranks), reference_bpe(ranks)
     for caption in train + unseen:
         ids = encoding.encode_ordinary(caption)
@@ -119,7 +120,7 @@ def test_bpe_is_deterministic_and_saved_as_tiktoken_does(tmp_path, monkeypatch):
 
 
 def test_bpe_tokenize():
-    ranks = pretrained.bpe_train(["red apple", "red car"] * 3, 2048)                               # far fewer entries than asked for
+    ranks = pretrained.bpe_train(["red apple", "red car"] * 3, 2048)                               # gives far fewer entries
     c = text("bpe", length=6, vocab=2048)
     ids, mask = pretrained.tokenizer(c, ranks)(["red apple", "", "a" * 99, "<|start|>"])
     assert ids.shape == mask.shape == (4, 6) and ids.dtype == torch.int64 and mask.dtype == torch.bool
@@ -169,9 +170,9 @@ def text_models():
         "t5_encoder": (T.T5EncoderModel(t5), lambda m: m.encoder),
         "t5gemma": (T.T5GemmaForConditionalGeneration(T.T5GemmaConfig(
             encoder=dict(grouped), decoder=dict(grouped, hidden_size=24), vocab_size=32)), lambda m: m.model.encoder),
-        "clip": (T.CLIPModel(T.CLIPConfig(text_config=dict(small, eos_token_id=1, bos_token_id=0, pad_token_id=0),
-                                          vision_config=dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                                             intermediate_size=32, image_size=32, patch_size=8))), lambda m: m.text_model),
+        "clip": (T.CLIPModel(T.CLIPConfig(
+            text_config=dict(small, eos_token_id=1, bos_token_id=0, pad_token_id=0),
+            vision_config=dict(small, image_size=32, patch_size=8))), lambda m: m.text_model),
     }
 
 
@@ -258,16 +259,17 @@ def vision_models():
     torch.manual_seed(0)
     return {
         "dinov2": T.Dinov2Model(T.Dinov2Config(**v, patch_size=7, mlp_ratio=2)),
-        "registers": T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**v, patch_size=7, mlp_ratio=2, num_register_tokens=3)),
+        "registers": T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**v, patch_size=7, mlp_ratio=2)),
         "dinov3": T.DINOv3ViTModel(T.DINOv3ViTConfig(**mlp, num_register_tokens=4)),
         "siglip": T.SiglipVisionModel(T.SiglipVisionConfig(**mlp)),
         "siglip_both": T.SiglipModel(T.SiglipConfig(vision_config=mlp, text_config=dict(
             vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))),
         "clip": T.CLIPVisionModel(T.CLIPVisionConfig(**mlp)),
+        "vit": T.ViTModel(T.ViTConfig(**mlp)),
     }
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "siglip_both", "clip"])
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "siglip_both", "clip", "vit"])
 def test_teachers_see_where(folder, kind):
     path = folder(vision_models()[kind], own=False)
     grid = BASE.model.size // BASE.model.patch              # 4 x 4 tokens of 8 pixels
@@ -280,7 +282,7 @@ def test_teachers_see_where(folder, kind):
             other[:, :, row * 8:row * 8 + 8, column * 8:column * 8 + 8] = 1
             changed.append(other)
     images = torch.cat([image, *changed])
-    for layer, size in ((-1, 0), (1, 0), (-1, 56), (-1, 112)):                                     # 56, 112: the teacher's grid is finer
+    for layer, size in ((-1, 0), (1, 0), (-1, 56), (-1, 112)):                                     # at 56, 112 its grid is finer
         c = align(path, layer=layer, size=size)
         features = pretrained.teacher(c, "cpu")
         h = features(images)
@@ -289,7 +291,7 @@ def test_teachers_see_where(folder, kind):
         assert (h[1:] - h[0]).norm(dim=-1).argmax(1).tolist() == list(range(16)), (kind, layer, size)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "clip"])
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "clip", "vit"])
 def test_teacher_layers_and_pixels(folder, kind):
     """Every layer equals the whole model's, fed with pixels normalised by hand."""
     model, grid = vision_models()[kind].eval(), 4
@@ -324,7 +326,8 @@ def test_teacher_errors(folder):
     import transformers as T
     one_line(lambda: pretrained.teacher(align("./nowhere"), "cpu"), "./nowhere")
     one_line(lambda: pretrained.teacher_dim(align("no-one/nothing")), "no-one/nothing", "--teacher=<folder>")
-    naflex = T.Siglip2VisionModel(T.Siglip2VisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    naflex = T.Siglip2VisionModel(T.Siglip2VisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     convnet = T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
     for model in (naflex, convnet, text_models()["llama"][0]):
         one_line(lambda: pretrained.teacher(align(folder(model, own=False)), "cpu"), "not a vision transformer")
@@ -349,10 +352,10 @@ def test_dinov2_equals_its_onnx_graph(dinov2):
     last = next(i for i, node in enumerate(graph.node) if goal in node.output)
     del graph.node[last + 1:], graph.output[:]
     graph.output.append(onnx.helper.make_tensor_value_info(goal, onnx.TensorProto.FLOAT, None))
-    pixels = torch.randn(1, 3, 56, 42, generator=torch.Generator().manual_seed(0))                 # not square: rows against columns
+    pixels = torch.randn(1, 3, 56, 42, generator=torch.Generator().manual_seed(0))                 # not square: rows, columns
     want = torch.from_numpy(ReferenceEvaluator(graph_model).run(None, {"input_image": pixels.numpy()})[0])
     model = Dinov2Model.from_pretrained(dinov2).eval()
-    assert sum(p.numel() for p in model.parameters()) == 22_056_576 - 384                          # DINOv2 ViT-S/14 without its mask token
+    assert sum(p.numel() for p in model.parameters()) == 22_056_576 - 384                          # ViT-S/14, no mask token
     with torch.no_grad():
         got = model(pixels).last_hidden_state
     assert got.shape == want.shape == (1, 1 + 4 * 3, 384)
@@ -372,7 +375,7 @@ def test_dinov2_recognises_emoji(dinov2):
         pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB").resize((64, 64)))
         images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1)
     images = torch.stack(images)
-    shifted = (images[:, [1, 2, 0]] * 0.8).clamp(-1, 1)                                            # channels rotated, contrast lowered
+    shifted = images[:, [1, 2, 0]] * 0.8                    # channels rotated, contrast lowered
     c = replace(align(dinov2, layer=9), model=replace(BASE.model, size=64, patch=8))
     features = pretrained.teacher(c, "cpu")
     h, g = (F.normalize(features(x).mean(1), dim=1) for x in (images, shifted))
@@ -405,10 +408,12 @@ def test_prx_names_round_trip(bottleneck):
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
     pretrained.same_keys(pretrained.diffusers_to_prx(back), ours, "")
 
-    one_line(lambda: pretrained.diffusers_to_prx({**theirs, "resolution_embedder.mlp.in_layer.weight": gate}), "resolution_embedder.mlp")
-    one_line(lambda: pretrained.diffusers_to_prx({k: v for k, v in theirs.items() if k != "blocks.1.up_proj.weight"}), "blocks.1.up_proj")
-    one_line(lambda: pretrained.prx_to_diffusers({**ours, "text.embed.weight": gate}), "text.embed.weight")
-    one_line(lambda: pretrained.prx_to_diffusers({k: v for k, v in ours.items() if k != "blocks.2.q_norm"}), "blocks.2.q_norm")
+    without = lambda state, key: {k: v for k, v in state.items() if k != key}
+    to, back = pretrained.prx_to_diffusers, pretrained.diffusers_to_prx
+    one_line(lambda: back({**theirs, "resolution_embedder.mlp.in_layer.weight": gate}), "resolution_embedder.mlp.in_layer.weight")
+    one_line(lambda: back(without(theirs, "blocks.1.up_proj.weight")), "blocks.1.up_proj.weight")
+    one_line(lambda: to({**ours, "text.embed.weight": gate}), "text.embed.weight")
+    one_line(lambda: to(without(ours, "blocks.2.q_norm")), "blocks.2.q_norm")
     one_line(lambda: pretrained.prx_to_diffusers({}), "12 missing", "final.linear.bias")
 
 
