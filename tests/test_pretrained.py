@@ -55,7 +55,8 @@ def emoji_names():
 
 
 UNSEEN = ["", " ", "  two  spaces ", "It's a dog's life, they'll say: 50% off!", "naïve café, Zürich", "日本語のテキスト",
-          "Привет, мир", "🍎 and 👩🏽‍🚀 and 🏳️‍🌈", "tab\tnew\nline\r\n", "<|start|>", "a\u0301 zalgo\u0336", "xqzj" * 50, "\x00\x7f\u200b\ufeff"]
+          "Привет, мир", "🍎 and 👩🏽‍🚀 and 🏳️‍🌈", "tab\tnew\nline\r\n", "<|start|>",
+          "a\u0301 zalgo\u0336", "xqzj" * 50, "\x00\x7f\u200b\ufeff"]
 
 
 def reference_bpe(ranks):
