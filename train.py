@@ -86,6 +86,7 @@ def compile_blocks(c, model, device):
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     able = device.type == "cuda" or headers and any(map(shutil.which, ("g++", "clang++")))
     if c.train.compile == "yes" or c.train.compile == "auto" and able:
+        torch._dynamo.config.recompile_limit = 64                           # one graph per length of the text, in steps of 8
         for block in [*model.blocks, *(model.text.blocks if model.text else [])]:
             block.compile(dynamic=False)
         return True
