@@ -118,9 +118,10 @@ class Sample:
     sampler: str = "multistep"      # "euler", "heun" or "multistep"
     lo: float = 0.0                 # guidance acts while lo <= t <= hi ...
     hi: float = 1.0                 # ... and costs nothing outside
-    prompts: str = ("red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background|"
+    prompts: str = (                # of the training grid, parted by |
+                    "red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background|"
                     "strawberry on a white background|penguin on an orange background|hamburger on a purple background|"
-                    "tropical fish on a black background")      # of the training grid, parted by |
+                    "tropical fish on a black background")
 
 
 @dataclass(frozen=True)
@@ -297,9 +298,14 @@ def check(c):
     one_of("train.compile", t.compile, "auto", "yes", "no")
     for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
                 "train.images", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
-                "flow.shift", "flow.noise", "optim.ema_every"):
+                "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")
+    for key in ("model.bottleneck", "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
+                "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "align.size"):
+        section, name = key.split(".")
+        ok(getattr(getattr(c, section), name) >= 0, f"{key} must not be below zero")
+    ok(0 <= c.seed < 2 ** 63, "seed lies between 0 and 2^63")
     for key in ("flow.uniform", "text.drop", "optim.ema", "optim.cooldown", "optim.momentum", "optim.beta1", "optim.beta2"):
         section, name = key.split(".")
         ok(0 <= getattr(getattr(c, section), name) <= 1, f"{key} lies between 0 and 1")
