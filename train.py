@@ -93,7 +93,7 @@ def compile_blocks(c, model, device):
 
 
 def provenance(device):
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)  # git may be missing
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"git": git.stdout.strip() or "unknown", "torch": torch.__version__, "python": platform.python_version(), "device": name}
 
