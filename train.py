@@ -257,7 +257,8 @@ class Log:
         self.path, self.step, self.batch = folder / "log.jsonl" if rank == 0 else None, step, c.train.batch
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            old = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] if step and self.path.exists() else []
+            whole = self.path.read_text().rpartition("\n")[0].splitlines() if step and self.path.exists() else []      # a kill may cut the last line
+            old = [line for line in whole if json.loads(line).get("step", 0) <= step]
             new = json.dumps({"resumed": step, **provenance(device)} if old else {**provenance(device), "config": asdict(c)})
             self.path.write_text("\n".join([*old, new]) + "\n")
         self.remote = None
