@@ -127,8 +127,10 @@ def save(folder, step, c, model, ema, optimizer, bpe):
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd), os.close(fd)
+    for torn in folder.glob("step_*.tmp"):
+        shutil.rmtree(torn)
     keep = lambda path: c.train.keep_every and int(path.name[5:]) * c.train.batch % c.train.keep_every < c.train.batch
-    for old in sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")[:-2]:
+    for old in sorted(p for p in folder.glob("step_*") if p.name <= final.name)[:-2]:                      # later ones are damaged
         if not keep(old):
             shutil.rmtree(old)
 
