@@ -140,7 +140,7 @@ def resume(folder, c, model, ema, optimizer, device):
     checkpoint = next(pretrained.newest_checkpoint(folder), None)
     if checkpoint is None:
         return 0
-    free = ("train.", "sample.", "data.workers", "out", "init")                            # may change in mid-run
+    free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")                            # may change in mid-run
     changed = [d for d in configs.difference(configs.load(checkpoint / "config.json"), c)
                if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
     if changed:
