@@ -136,10 +136,10 @@ def save(folder, step, c, model, ema, optimizer, bpe):
 
 
 def resume(folder, c, model, ema, optimizer, device):
-    """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from."""
+    """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from, the checkpoint."""
     checkpoint = next(pretrained.newest_checkpoint(folder), None)
     if checkpoint is None:
-        return 0
+        return 0, None
     free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")                            # may change in mid-run
     changed = [d for d in configs.difference(configs.load(checkpoint / "config.json"), c)
                if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
@@ -148,11 +148,11 @@ def resume(folder, c, model, ema, optimizer, device):
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+    return json.loads((checkpoint / "state.json").read_text())["step"], checkpoint
 
 
 def load_weights(path, model, say):
-    """--init: start from another run's weights. What does not fit the new recipe is dropped, and said."""
+    """--init: start from another run's weights. What does not fit the new recipe is dropped, and said. -> the checkpoint."""
     checkpoint = next(pretrained.newest_checkpoint(path), None)
     if checkpoint is None:
         fail(f"--init={path}: no checkpoint there")
@@ -164,6 +164,7 @@ def load_weights(path, model, say):
     model.load_state_dict(fits, strict=False)
     if dropped := sorted(set(theirs) - set(fits)):
         say(f"from {checkpoint}: dropped the REPA head ({len(dropped)} tensors)")
+    return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -377,13 +378,16 @@ def train(c):
     folder = Path(c.out or f"runs/{c.name}")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    bpe = pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab) if c.text.encoder == "bpe" else None
-    tokenize = pretrained.tokenizer(c, bpe)
     model, ema, optimizer, encode, teacher = build(c, device)
-    if c.init:
-        load_weights(c.init, model, say)
+    step, source = resume(folder, c, model, ema, optimizer, device)
+    if c.init and not step:
+        source = load_weights(c.init, model, say)
         ema.load_state_dict(model.state_dict(), strict=False)
-    step = resume(folder, c, model, ema, optimizer, device)
+    bpe = None
+    if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
+        bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
+            pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
+    tokenize = pretrained.tokenizer(c, bpe)
     steps = c.train.images // c.train.batch
     if step >= steps:
         say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
