@@ -240,8 +240,8 @@ def keys(config):
             yield from (f"{f.name}.{k}" for k in keys(value))
 
 
-def override(config, key, text):
-    """`config` with the field at the dotted `key` set to `text`."""
+def override(config, key, text, inside=""):
+    """`config` with the field at the dotted `key` set to `text`. `inside`: the section that `config` is, for messages."""
     names = list(keys(config))
     if key not in names:
         short = [n for n in names if n.endswith("." + key)]
@@ -255,11 +255,11 @@ def override(config, key, text):
     field = next(f for f in dataclasses.fields(config) if f.name == head)
     value = getattr(config, head)
     if rest:
-        value = override(value, rest, text)
+        value = override(value, rest, text, f"{inside}{head}.")
     elif dataclasses.is_dataclass(field.type):              # a bare section: its first field
-        value = override(value, dataclasses.fields(value)[0].name, text)
+        value = override(value, dataclasses.fields(value)[0].name, text, f"{inside}{head}.")
     else:
-        value = cast(text, field.type, key)
+        value = cast(text, field.type, inside + key)
     return replace(config, **{head: value})
 
 
