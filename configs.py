@@ -118,9 +118,10 @@ class Sample:
     sampler: str = "multistep"      # "euler", "heun" or "multistep"
     lo: float = 0.0                 # guidance acts while lo <= t <= hi ...
     hi: float = 1.0                 # ... and costs nothing outside
-    prompts: str = ("red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background|"
+    prompts: str = (                # of the training grid, parted by |
+                    "red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background|"
                     "strawberry on a white background|penguin on an orange background|hamburger on a purple background|"
-                    "tropical fish on a black background")      # of the training grid, parted by |
+                    "tropical fish on a black background")
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,8 @@ def keys(config):
             yield from (f"{f.name}.{k}" for k in keys(value))
 
 
-def override(config, key, text):
-    """`config` with the field at the dotted `key` set to `text`."""
+def override(config, key, text, inside=""):
+    """`config` with the field at the dotted `key` set to `text`. `inside`: the section that `config` is, for messages."""
     names = list(keys(config))
     if key not in names:
         short = [n for n in names if n.endswith("." + key)]
@@ -255,11 +256,11 @@ def override(config, key, text):
     field = next(f for f in dataclasses.fields(config) if f.name == head)
     value = getattr(config, head)
     if rest:
-        value = override(value, rest, text)
+        value = override(value, rest, text, f"{inside}{head}.")
     elif dataclasses.is_dataclass(field.type):              # a bare section: its first field
-        value = override(value, dataclasses.fields(value)[0].name, text)
+        value = override(value, dataclasses.fields(value)[0].name, text, f"{inside}{head}.")
     else:
-        value = cast(text, field.type, key)
+        value = cast(text, field.type, inside + key)
     return replace(config, **{head: value})
 
 
@@ -298,9 +299,14 @@ def check(c):
     one_of("train.compile", t.compile, "auto", "yes", "no")
     for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
                 "train.images", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
-                "flow.shift", "flow.noise", "optim.ema_every"):
+                "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")
+    for key in ("model.bottleneck", "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
+                "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "align.size"):
+        section, name = key.split(".")
+        ok(getattr(getattr(c, section), name) >= 0, f"{key} must not be below zero")
+    ok(0 <= c.seed < 2 ** 63, "seed lies between 0 and 2^63")
     for key in ("flow.uniform", "text.drop", "optim.ema", "optim.cooldown", "optim.momentum", "optim.beta1", "optim.beta2"):
         section, name = key.split(".")
         ok(0 <= getattr(getattr(c, section), name) <= 1, f"{key} lies between 0 and 1")

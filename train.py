@@ -94,7 +94,7 @@ def compile_blocks(c, model, device):
 
 
 def provenance(device):
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)  # git may be missing
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"git": git.stdout.strip() or "unknown", "torch": torch.__version__, "python": platform.python_version(), "device": name}
 
@@ -128,18 +128,20 @@ def save(folder, step, c, model, ema, optimizer, bpe):
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd), os.close(fd)
+    for torn in folder.glob("step_*.tmp"):
+        shutil.rmtree(torn)
     keep = lambda path: c.train.keep_every and int(path.name[5:]) * c.train.batch % c.train.keep_every < c.train.batch
-    for old in sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")[:-2]:
+    for old in sorted(p for p in folder.glob("step_*") if p.name <= final.name)[:-2]:                      # later ones are damaged
         if not keep(old):
             shutil.rmtree(old)
 
 
 def resume(folder, c, model, ema, optimizer, device):
-    """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from."""
+    """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from, the checkpoint."""
     checkpoint = next(pretrained.newest_checkpoint(folder), None)
     if checkpoint is None:
-        return 0
-    free = ("train.", "sample.", "data.workers", "out", "init")                            # may change in mid-run
+        return 0, None
+    free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")                            # may change in mid-run
     changed = [d for d in configs.difference(configs.load(checkpoint / "config.json"), c)
                if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
     if changed:
@@ -147,11 +149,11 @@ def resume(folder, c, model, ema, optimizer, device):
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+    return json.loads((checkpoint / "state.json").read_text())["step"], checkpoint
 
 
 def load_weights(path, model, say):
-    """--init: start from another run's weights. What does not fit the new recipe is dropped, and said."""
+    """--init: start from another run's weights. What does not fit the new recipe is dropped, and said. -> the checkpoint."""
     checkpoint = next(pretrained.newest_checkpoint(path), None)
     if checkpoint is None:
         fail(f"--init={path}: no checkpoint there")
@@ -163,6 +165,7 @@ def load_weights(path, model, say):
     model.load_state_dict(fits, strict=False)
     if dropped := sorted(set(theirs) - set(fits)):
         say(f"from {checkpoint}: dropped the REPA head ({len(dropped)} tensors)")
+    return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -258,7 +261,8 @@ class Log:
         self.path, self.step, self.batch = folder / "log.jsonl" if rank == 0 else None, step, c.train.batch
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            old = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= step] if step and self.path.exists() else []
+            whole = self.path.read_text().rpartition("\n")[0].splitlines() if step and self.path.exists() else []      # a kill may cut the last line
+            old = [line for line in whole if json.loads(line).get("step", 0) <= step]
             new = json.dumps({"resumed": step, **provenance(device)} if old else {**provenance(device), "config": asdict(c)})
             self.path.write_text("\n".join([*old, new]) + "\n")
         self.remote = None
@@ -358,14 +362,6 @@ def build(c, device, weights=True):
     return model, ema, muon.build(model, c.optim), encode, teacher
 
 
-def vocabulary(c, dataset):
-    """The byte pairs of the run that this one starts from, else of the captions."""
-    theirs = next(pretrained.newest_checkpoint(c.init), None) if c.init else None
-    if theirs and (theirs / "bpe.tiktoken").exists():
-        return pretrained.bpe_load(theirs / "bpe.tiktoken")
-    return pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
-
-
 def update_ema(c, model, ema, step):
     """Ramped up, so that the first thousand steps are not an average with the initialisation."""
     decay = min(c.optim.ema, (1 + step) / (10 + step)) ** c.optim.ema_every
@@ -383,13 +379,16 @@ def train(c):
     folder = Path(c.out or f"runs/{c.name}")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    bpe = vocabulary(c, dataset) if c.text.encoder == "bpe" else None
-    tokenize = pretrained.tokenizer(c, bpe)
     model, ema, optimizer, encode, teacher = build(c, device)
-    if c.init:
-        load_weights(c.init, model, say)
+    step, source = resume(folder, c, model, ema, optimizer, device)
+    if c.init and not step:
+        source = load_weights(c.init, model, say)
         ema.load_state_dict(model.state_dict(), strict=False)
-    step = resume(folder, c, model, ema, optimizer, device)
+    bpe = None
+    if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
+        bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
+            pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
+    tokenize = pretrained.tokenizer(c, bpe)
     steps = c.train.images // c.train.batch
     if step >= steps:
         say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")

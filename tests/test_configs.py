@@ -1,0 +1,205 @@
+"""The command line and the recipes: what is right is read as it was meant, what is wrong ends in one line."""
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs import Route
+
+ROOT = Path(__file__).parent.parent
+
+
+def leaves(kind=configs.Config, prefix=""):
+    """Dotted names of all fields, from the classes."""
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.type):
+            yield from leaves(f.type, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def at(config, key):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def error(*argv):
+    """The message with which the program ends."""
+    with pytest.raises(SystemExit) as end:
+        configs.parse(argv)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code and end.value.code.startswith("error: ")
+    return end.value.code
+
+
+# What is right
+
+@pytest.mark.parametrize("argument, key, value", [
+    ("--optim.lr=3e-4", "optim.lr", 3e-4),
+    ("--train.images=50_000", "train.images", 50_000),
+    ("--seed=7", "seed", 7),
+    ("--data=some/folder", "data.source", "some/folder"),                   # a bare section: its first field
+    ("--text=a/b", "text.encoder", "a/b"),
+    ("--subset=all", "data.subset", "all"),                                 # a bare field that one section has
+    ("--init=a=b", "init", "a=b"),
+    ("--wandb", "wandb", True),
+    ("--data.skin_tones=YES", "data.skin_tones", True),
+    ("--optim.split=0", "optim.split", False),
+    ("--model.route=none", "model.route", None),
+    ("--route=None", "model.route", None),
+    ("--model.route=1,3,0.25", "model.route", Route(1, 3, 0.25)),
+    ("--model.route=1,none,0.5", "model.route", Route(1, None, 0.5)),
+    ("--model.route.keep=0.75", "model.route", Route(1, 2, 0.75)),
+    ("--model.route.end=none", "model.route", Route(1, None, 0.5)),
+    ("--out=a b", "out", "a b"),
+])
+def test_an_argument_sets_its_field_and_no_other(argument, key, value):
+    c = configs.parse(["--config=debug", argument])
+    assert at(c, key) == value and type(at(c, key)) is type(value) and at(configs.debug, key) != value
+    assert {k for k, _, _ in configs.difference(configs.debug, c)} <= {key, *(f"{key}.{f}" for f in ("start", "end", "keep"))}
+
+
+def test_the_recipe_is_emoji_unless_named_wherever_the_name_stands():
+    assert configs.parse([]) == configs.emoji
+    assert configs.parse(["--seed=3", "--config=debug"]) == replace(configs.debug, seed=3)
+
+
+@pytest.mark.parametrize("name", configs.recipes)
+def test_recipes_are_consistent_and_survive_a_file(name, tmp_path):
+    c = configs.recipes[name]
+    assert configs.check(c) is c and c.name == name
+    for changed in (c, replace(c, model=replace(c.model, route=Route(1, None, 0.25)))):
+        configs.save(changed, tmp_path / "config.json")
+        assert configs.load(tmp_path / "config.json") == changed
+        assert not list(configs.difference(configs.load(tmp_path / "config.json"), changed))
+
+
+def test_an_older_file_takes_defaults_and_a_newer_one_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    configs.save(configs.debug, path)
+    values = json.loads(path.read_text())
+    del values["optim"]["momentum"], values["seed"]
+    path.write_text(json.dumps(values))
+    assert configs.load(path) == configs.debug
+    for where in (values, values["optim"], values["model"]["route"]):
+        where["flux"] = 1
+        path.write_text(json.dumps(values))
+        with pytest.raises(SystemExit, match=r"config\.json.*flux"):
+            configs.load(path)
+        del where["flux"]
+    for text in ("{", ""):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="cannot read the config"):
+            configs.load(path)
+    with pytest.raises(SystemExit, match="cannot read the config"):
+        configs.load(tmp_path / "absent.json")
+
+
+def test_difference_names_each_field_that_differs():
+    other = configs.parse(["--config=debug", "--seed=5", "--optim.lr=0.5", "--model.route=none"])
+    assert list(configs.difference(configs.debug, other)) == [
+        ("seed", 0, 5), ("model.route", Route(1, 2, 0.5), None), ("optim.lr", configs.debug.optim.lr, 0.5)]
+
+
+# What is wrong
+
+@pytest.mark.parametrize("argument, words", [
+    ("--optim.lrr=1", "--optim.lr"),                                        # unknown, with the nearest name
+    ("--train.imagse=1", "--train.images"),
+    ("--sede=1", "--seed"),
+    ("--xyzzy=1", "unknown key --xyzzy"),
+    ("--size=64", "--model.size or --align.size"),                          # more than one section has it
+    ("--width=64", "--model.width or --text.width"),
+    ("--config=emojy", "'emoji'"),
+    ("--config=xyzzy", "prx_512"),
+    ("optim.lr=1", "--key=value"),
+    ("--optim.lr=fast", "optim.lr wants float"),
+    ("--optim.lr", "optim.lr wants float"),
+    ("--train.batch=1.5", "train.batch wants int"),
+    ("--train.batch=", "train.batch wants int"),
+    ("--wandb=perhaps", "wandb wants yes or no"),
+    ("--model.route=1,2", "start,end,keep"),
+    ("--model.route=1,2,half", "model.route.keep wants float"),
+    ("--model.route=one,2,0.5", "model.route.start wants int"),
+])
+def test_what_cannot_be_read_is_one_line(argument, words):
+    message = error("--config=debug", argument) if not argument.startswith("--config") else error(argument)
+    assert words in message, message
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--model.kind=dit", "model.kind is one of"),
+    ("--optim.name=sgd", "optim.name is one of muon, adamw"),
+    ("--optim.ns=cubic", "optim.ns"),
+    ("--flow.prediction=eps", "flow.prediction"),
+    ("--sample.sampler=ddim", "sample.sampler"),
+    ("--sample.guide=both", "sample.guide"),
+    ("--train.precision=fp8", "train.precision"),
+    ("--train.compile=perhaps", "train.compile"),
+    ("--model.size=33", "model.size 33 must be a multiple of model.patch 8"),
+    ("--model.width=60", "model.width 60"),
+    ("--train.batch=12", "train.batch 12 must be a multiple of train.micro_batch 8"),
+    ("--train.images=8", "less than one batch"),
+    ("--text.heads=3", "text.width"),
+    ("--text.vocab=256", "text.vocab"),
+    ("--model.route=0,2,0.5", "model.route"),                               # block 0 must mix what routing then hides
+    ("--model.route=1,4,0.5", "model.depth 4"),
+    ("--model.route=3,2,0.5", "model.route"),
+    ("--model.route=4,none,0.5", "model.route"),
+    ("--model.route=1,2,0", "model.route.keep"),
+    ("--model.route=1,2,1.5", "model.route.keep"),
+    ("--align.teacher=x --align.block=4", "align.block 4"),
+    ("--model.route=none --sample.guide=self", "sample.guide=self"),
+    ("--model.route=1,none,0.5 --sample.guide=self", "sample.guide=self"),
+    ("--sample.lo=0.8 --sample.hi=0.2", "sample.lo=0.8"),
+    *((f"--{key}=0", f"{key} must be above zero") for key in (
+        "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "train.images", "model.heads", "model.patch", "model.width",
+        "model.depth", "model.size", "model.mlp_ratio", "text.heads", "text.width", "text.length", "align.hidden", "sample.steps", "flow.shift")),
+    *((f"--{key}=-1", f"{key} must not be below zero") for key in (
+        "optim.lr", "optim.adam_lr", "optim.warmup", "optim.clip", "text.depth", "model.bottleneck", "data.workers", "train.save_every")),
+    *((f"--{key}={value}", f"{key} lies between 0 and 1") for key in ("text.drop", "optim.ema", "flow.uniform") for value in ("-0.1", "1.1", "nan")),
+    ("--optim.lr=nan", "optim.lr"),
+    ("--seed=-1", "seed"),
+    (f"--seed={2 ** 64}", "seed"),
+])
+def test_values_that_do_not_fit_are_one_line(arguments, words):
+    assert words in error("--config=debug", *arguments.split())
+
+
+def test_the_first_mistake_reaches_the_terminal_as_one_line(tmp_path):
+    for argument, words in (("--train.imagse=1", "--train.images"), ("--model.route=1,9,0.5", "model.route 1..9"), ("--config=nope", "no recipe")):
+        done = subprocess.run([sys.executable, "-c", f"import configs; configs.parse(['--config=debug', {argument!r}])"],
+                              capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 1 and done.stdout == "" and words in done.stderr and done.stderr.count("\n") == 1
+
+
+# Help
+
+def test_help_is_quick_and_prints_every_field_with_comment_and_default():
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert time.perf_counter() - begin < 3 and done.returncode == 0 and done.stderr == ""
+    lines = {m[1]: m for line in done.stdout.splitlines() if (m := re.match(r"  --([\w.]+)=(.*?)(?:  +(.*))?$", line))}
+    assert set(lines) == set(leaves())
+    for key in leaves():
+        assert lines[key][2] in (str(at(configs.emoji, key)), "..."), key
+    assert lines["train.micro_batch"][3].startswith("images per forward") and lines["sample.prompts"][3].startswith("of the training grid")
+    assert sum(not m[3] for m in lines.values()) < 12                       # names that say it all, e.g. model.channels
+    for name in configs.recipes:
+        assert name in done.stdout
+
+
+def test_train_is_imported_quickly():
+    """Three seconds, doubled for a busy machine; transformers and diffusers alone would take longer."""
+    begin = time.perf_counter()
+    code = "import sys, train; sys.exit(bool({'transformers', 'diffusers', 'onnx', 'wandb', 'tensorboard'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and time.perf_counter() - begin < 6
