@@ -1,5 +1,5 @@
 """pretrained.py against independent definitions: tokenizers, transformers' full models, the ONNX graph, diffusers."""
-import base64, hashlib, importlib.util, inspect, json, os, subprocess, sys, types
+import base64, hashlib, importlib.util, inspect, json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import configs
 import pretrained
+from model import PRX
 
 BASE = configs.recipes["debug"]
 
@@ -421,19 +422,9 @@ def test_prx_names_round_trip(bottleneck):
 # ------------------------------------------------------------------------------------------------------------------
 # Our checkpoints
 
-class Toy(torch.nn.Module):
-    """Stands in for model.PRX, which has tests of its own: here only names, shapes and modes matter."""
-    def __init__(self, c):
-        super().__init__()
-        self.text_dim = c.text.dim
-        self.linear = torch.nn.Linear(c.model.width, 2)
-        self.drop = torch.nn.Dropout()
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """A run folder with checkpoints 100, 2000 and 30000, whose weights hold their step (ema: its negative), and a .tmp."""
-    monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(PRX=Toy))
     for step in (100, 2000, 30000):
         write(tmp_path / f"step_{step:08d}", step, BASE)
     (tmp_path / "step_00090000.tmp").mkdir()
@@ -443,7 +434,7 @@ def run(tmp_path, monkeypatch):
 
 def write(folder, value, c):
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: torch.full_like(v, value) for key, v in Toy(c).state_dict().items()}
+    state = {key: torch.full_like(v, value) for key, v in PRX(c).state_dict().items()}
     save_file({**state, "align.0.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
     save_file({key: -v for key, v in state.items()}, folder / "ema.safetensors")
     torch.save({"exp_avg": torch.zeros(1000)}, folder / "optimizer.pt")
@@ -453,20 +444,20 @@ def write(folder, value, c):
 
 def test_load(run):
     model, c, tokenize, encode = pretrained.load(run)
-    assert not model.training and (model.linear.weight == -30000).all() and c == BASE and encode is None
+    assert not model.training and (model.final.linear.weight == -30000).all() and c == BASE and encode is None
     assert tokenize(["red apple"])[0].shape == (1, BASE.text.length)
-    assert (pretrained.load(str(run), "model")[0].linear.weight == 30000).all()
-    assert (pretrained.load(run / "step_00002000")[0].linear.weight == -2000).all()
+    assert (pretrained.load(str(run), "model")[0].final.linear.weight == 30000).all()
+    assert (pretrained.load(run / "step_00002000")[0].final.linear.weight == -2000).all()
     assert [path.name for path in pretrained.newest_checkpoint(run)] == ["step_00030000", "step_00002000", "step_00000100"]
 
     moved = (run / "step_00000100").rename(run / "best")    # a checkpoint by another name
-    assert (pretrained.load(moved)[0].linear.weight == -100).all()
+    assert (pretrained.load(moved)[0].final.linear.weight == -100).all()
     one_line(lambda: pretrained.load(run / "none"), "no checkpoint in", "train first with python train.py")
     one_line(lambda: pretrained.load(run / "samples"), "no checkpoint in")
     (moved / "ema.safetensors").unlink()
     one_line(lambda: pretrained.load(moved), "ema.safetensors")
     configs.save(replace(BASE, optim=replace(BASE.optim, ema=0.0)), moved / "config.json")         # trained without one
-    assert (pretrained.load(moved)[0].linear.weight == 100).all()
+    assert (pretrained.load(moved)[0].final.linear.weight == 100).all()
 
 
 def test_load_wrong_weights(run):
@@ -474,17 +465,17 @@ def test_load_wrong_weights(run):
     state = load_file(newest / "ema.safetensors")
     save_file({**state, "blocks.9.qkv.weight": torch.zeros(2)}, newest / "ema.safetensors")
     one_line(lambda: pretrained.load(run), "1 unknown: blocks.9.qkv.weight")
-    save_file({"linear.weight": state["linear.weight"]}, newest / "ema.safetensors")
-    one_line(lambda: pretrained.load(run), "1 missing: linear.bias")
-    save_file({**state, "linear.bias": torch.zeros(5)}, newest / "ema.safetensors")
-    one_line(lambda: pretrained.load(run), "linear.bias (5,) for (2,)")
+    save_file({key: v for key, v in state.items() if key != "final.linear.bias"}, newest / "ema.safetensors")
+    one_line(lambda: pretrained.load(run), "1 missing: final.linear.bias")
+    save_file({**state, "final.linear.bias": torch.zeros(5)}, newest / "ema.safetensors")
+    one_line(lambda: pretrained.load(run), "final.linear.bias (5,) for (192,)")
 
 
 def test_load_with_a_frozen_encoder(run, folder):
     path = folder(text_models()["bert"][0])
-    write(run / "step_00040000", 1, text(path, length=16, dim=0))
+    write(run / "step_00040000", 1, text(path, length=16, dim=16))
     model, c, tokenize, encode = pretrained.load(run)
-    assert c.text.dim == model.text_dim == encode.dim == 16
+    assert c.text.dim == model.txt_in.in_features == encode.dim == 16
     assert encode(*tokenize(["red apple", ""])).shape == (2, 8, 16)
 
 
@@ -527,7 +518,7 @@ DAMAGE = {
 def test_damaged_checkpoints_are_passed_over(run, kind, capsys):
     newest = run / "step_00030000"
     DAMAGE[kind](newest)
-    assert (pretrained.load(run)[0].linear.weight == -2000).all()
+    assert (pretrained.load(run)[0].final.linear.weight == -2000).all()
     warning = capsys.readouterr().err.strip()
     assert "step_00030000" in warning and "damaged" in warning and "\n" not in warning
     one_line(lambda: pretrained.load(newest), newest, "damaged")
