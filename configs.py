@@ -154,7 +154,7 @@ emoji = Config(
     flow=Flow(shift=8.0),                       # high: the caption decides the picture, so most is to be learnt near t = 1
     optim=Optim(lr=2e-3, adam_lr=2e-3, warmup=3_000, cooldown=0.3),
     train=Train(images=102_400, batch=64, micro_batch=64, eval_every=12_800, save_every=25_600),
-    sample=Sample(guidance=2.0),
+    sample=Sample(guidance=1.5),
 )
 
 emoji_gpu = Config(

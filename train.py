@@ -294,9 +294,9 @@ def plot(rows, path):
     points = [p for curve, _ in curves for p in curve]
     if len(points) < 2:
         return
-    (left, right), (low, high) = ((math.log(min(a)), math.log(max(a) * 1.0001)) for a in zip(*points))
+    (left, right), (low, high) = ((math.log(min(a)), math.log(max(a))) for a in zip(*points))
     width, height, edge = 900, 500, 60
-    x = lambda v: edge + (math.log(v) - left) / (right - left) * (width - 2 * edge)
+    x = lambda v: edge + (math.log(v) - left) / (right - left + 1e-9) * (width - 2 * edge)
     y = lambda v: height - edge - (math.log(v) - low) / (high - low + 1e-9) * (height - 2 * edge)
     page = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
