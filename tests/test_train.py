@@ -38,13 +38,21 @@ TINY = ["--config=debug", "--train.precision=fp32", "--model.size=16", "--model.
 CPU = torch.device("cpu")
 
 
+STARTED = []
+
+
 @pytest.fixture(autouse=True)
-def handlers():
-    """train() installs its own."""
+def tidy():
+    """train() installs handlers of its own; and a test that fails leaves no process behind."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()                                             # torchrun passes it on to its ranks
+            process.communicate()
+    STARTED.clear()
 
 
 def run(out, *args):
@@ -53,9 +61,10 @@ def run(out, *args):
     return out
 
 
-def spawn(out, *args, command=(sys.executable,), **options):
-    return subprocess.Popen([*command, ROOT / "train.py", *TINY, f"--out={out}", *args], cwd=ROOT, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def spawn(out, *args, command=(sys.executable,)):
+    STARTED.append(subprocess.Popen([*command, ROOT / "train.py", *TINY, f"--out={out}", *args], cwd=ROOT, text=True,
+                                    start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return STARTED[-1]
 
 
 def rows(out):
@@ -273,8 +282,8 @@ def pid_of(rank, out):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_two_ranks_agree_with_one_and_a_signal_to_either_stops_both(tmp_path):
-    """AdamW, because Muon turns the
-    last bit of a sum into noise in bf16: it orthogonalises directions in which the gradient is all but zero."""
+    """AdamW, because Muon turns the last bit of a sum into noise in bf16: it orthogonalises directions in which the gradient
+    is all but zero, and there weights are apart by 3e-4 after 27 steps, losses still by less than 1e-5."""
     two, args = tmp_path / "two", ["--train.images=8000", "--train.micro_batch=2", "--train.eval_every=160", "--optim.name=adamw"]
     process = torchrun(two, *args)
     wait_for(two, 25, process)
