@@ -86,6 +86,7 @@ def compile_blocks(c, model, device):
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     able = device.type == "cuda" or headers and any(map(shutil.which, ("g++", "clang++")))
     if c.train.compile == "yes" or c.train.compile == "auto" and able:
+        torch._dynamo.config.recompile_limit = 64                           # one graph per length of the text, in steps of 8
         for block in [*model.blocks, *(model.text.blocks if model.text else [])]:
             block.compile(dynamic=False)
         return True
@@ -440,6 +441,7 @@ def train(c):
         if skipped:
             say(f"step {step - 2}: the gradient is not finite; skipped ({bad} in a row)")
         if bad == 10:
+            bar.close()
             fail(f"ten steps in a row without a finite gradient: lower --optim.lr or raise --optim.warmup (the last checkpoint in {folder} is from before)")
         # log, look, save
         if step % c.train.log_every == 0 or step == steps:
@@ -544,7 +546,10 @@ def bench(c, repeats=20):
 def main(argv):
     wanted = next((a.split("=", 1)[1] for a in argv if a.startswith("--bench=")), None)
     if wanted is None:
-        return train(configs.parse(argv))
+        try:
+            return train(configs.parse(argv))
+        except torch.OutOfMemoryError:
+            fail("the device is out of memory: lower --train.micro_batch, or trade time for memory with --train.checkpointing=yes")
     rest = [a for a in argv if not a.startswith(("--bench=", "--config="))]
     for name in configs.recipes if wanted == "all" else wanted.split(","):
         c = configs.parse([f"--config={name}", *rest])

@@ -77,6 +77,7 @@ def test_t_stays_inside_and_leaves_the_generator_where_it_always_does(shift):
     other = seeded(1)
     flow.draw_t(10_000, 3.0, 0.9, other)
     assert torch.equal(g.get_state(), other.get_state())
+    assert not torch.equal(flow.draw_t(100, 3.0, 0.1, other), flow.draw_t(100, 3.0, 0.1, other))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (5, 12), ()])
@@ -116,6 +117,25 @@ def test_loss_by_definition_also_where_t_is_small():
         assert flow.loss("v", x_hat, x, eps, t)[i].item() == pytest.approx(((x_hat[i] - eps[i] + x[i]) ** 2).mean().item(), rel=1e-12)
     both_clamped = (flow.to_v("x", x_hat, z, t) - flow.to_v("x", x, z, t)).square().flatten(1).mean(1)
     torch.testing.assert_close(flow.loss("x", x_hat, x, eps, t), both_clamped)
+
+
+def test_tokens_cost_what_their_images_cost():
+    """Patches (B, K, P) in any order hold the same numbers as the image: the mean over them is the same."""
+    x, eps, x_hat, t, _ = case((3, 4, 6))
+    patches = lambda a: a.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(6, 6, 12).flip(1)
+    for prediction in ("x", "v"):
+        tokens = flow.loss(prediction, *map(patches, (x_hat, x, eps)), t)
+        torch.testing.assert_close(tokens, flow.loss(prediction, x_hat, x, eps, t), rtol=1e-12, atol=0)
+
+
+def test_gradient_of_the_loss_by_hand():
+    x, eps, x_hat, t, _ = case(t=(0.001, 0.01, 0.0499, 0.0501, 0.5, 0.999))
+    weight = torch.tensor([1 / max(a, 0.05) ** 2 for a in t.tolist()], **double).reshape(6, 1, 1, 1)
+    by_hand = {"x": weight * (x_hat - x), "v": x_hat - (eps - x)}               # of |error|^2 / n: times 2 / n
+    for prediction, expected in by_hand.items():
+        out = x_hat.clone().requires_grad_()
+        gradient, = torch.autograd.grad(flow.loss(prediction, out, x, eps, t).sum(), out)
+        torch.testing.assert_close(gradient, 2 / x[0].numel() * expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
@@ -244,6 +264,21 @@ def test_samples_follow_the_mixture(sampler, steps):
     cdf = (weights * torch.distributions.Normal(means.T, std).cdf(out[:, None])).sum(1)
     distance = (cdf - (torch.arange(20_000) + 0.5) / 20_000).abs().max().item()
     assert distance < 1.63 / 20_000 ** 0.5 + 0.002, distance
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_part_of_a_mixture_in_the_plane_gets_its_share(sampler):
+    """Parts 8 and more deviations apart, so that the nearest mean tells whose a sample is; bounds: 4 standard errors and discretisation."""
+    std, weights, n = 0.15, torch.tensor([0.5, 0.2, 0.3], **double), 5_000
+    z = torch.randn(n, 2, generator=seeded(), **double)
+    out = flow.sample(mixture(TRIANGLE, std, weights), z, 200, 3.0, sampler)
+    part = torch.cdist(out, TRIANGLE).argmin(1)
+    for k, weight in enumerate(weights.tolist()):
+        mine = out[part == k]
+        assert abs(len(mine) / n - weight) < 4 * (weight * (1 - weight) / n) ** 0.5 + 0.003
+        assert abs(mine.mean(0) - TRIANGLE[k]).max() < 4 * std / (weight * n) ** 0.5 + 0.005
+        covariance = mine.T.cov() / std ** 2                                    # the identity, if it is right
+        assert abs(covariance - torch.eye(2, **double)).max() < 4 * (2 / (weight * n)) ** 0.5 + 0.03, covariance
 
 
 def test_multistep_is_the_best_of_them_at_the_recipes_budget():

@@ -9,8 +9,8 @@ import kernels
 from model import PRX, count, flops, patchify, unpatchify
 from pretrained import diffusers_to_prx
 
-SMALL = replace(configs.debug, text=configs.Text(encoder="frozen", dim=24), model=configs.Model(size=32, patch=8, width=64, depth=4, heads=4, mlp_ratio=3.5, bottleneck=16,
-                                                   route=configs.Route(1, 2, 0.5)))
+SMALL = replace(configs.debug, text=configs.Text(encoder="frozen", dim=24), model=configs.Model(
+    size=32, patch=8, width=64, depth=4, heads=4, mlp_ratio=3.5, bottleneck=16, route=configs.Route(1, 2, 0.5)))
 
 OWN = replace(SMALL, text=configs.debug.text)                                  # with our own text transformer
 

@@ -31,11 +31,13 @@ def place(tmp_path_factory):
         Image.new("RGB", (20, 20), (10 * i, 100, 0)).save(place / f"path/to/folder/{i}.png")
         (place / f"path/to/folder/{i}.txt").write_text(f"a square of colour {i}")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(place / "path/to/encoder")
+    bert = BertConfig(vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(bert).save_pretrained(place / "path/to/encoder")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{x}" for x in "abcdefghijklmnopqrstuvwxyz")]
     (place / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(vocab=str(place / "vocab.txt")).save_pretrained(place / "path/to/encoder")
-    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(place / "path/to/dinov2")
+    dino = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    Dinov2Model(dino).save_pretrained(place / "path/to/dinov2")
     return place
 
 

