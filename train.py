@@ -234,10 +234,10 @@ class Late:
 
 
 class Clock:
-    """Seconds of training: evaluation and saving are not counted."""
+    """Seconds of training, also before a resume: evaluation and saving are not counted."""
 
-    def __init__(self):
-        self.seconds, self.since, self.marked = 0.0, time.perf_counter(), 0.0
+    def __init__(self, seconds):
+        self.seconds, self.since, self.marked = seconds, time.perf_counter(), seconds
 
     def total(self):
         return self.seconds + (time.perf_counter() - self.since if self.since else 0)
@@ -258,11 +258,12 @@ class Log:
     """runs/<name>/log.jsonl: first what ran, then a line per `log_every` steps. On resume, lines of lost steps are cut off."""
 
     def __init__(self, folder, c, step, device, rank):
-        self.path, self.step, self.batch = folder / "log.jsonl" if rank == 0 else None, step, c.train.batch
+        self.path, self.batch, self.minutes = folder / "log.jsonl" if rank == 0 else None, c.train.batch, 0.0
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             whole = self.path.read_text().rpartition("\n")[0].splitlines() if step and self.path.exists() else []      # a kill may cut the last line
             old = [line for line in whole if json.loads(line).get("step", 0) <= step]
+            self.minutes = max((json.loads(line).get("minutes", 0.0) for line in old), default=0.0)
             new = json.dumps({"resumed": step, **provenance(device)} if old else {**provenance(device), "config": asdict(c)})
             self.path.write_text("\n".join([*old, new]) + "\n")
         self.remote = None
@@ -377,6 +378,8 @@ def train(c):
     if (micros := c.train.batch // c.train.micro_batch) % world:
         fail(f"{micros} micro-batches cannot be shared by {world} ranks: choose --train.micro_batch so that batch / micro_batch is a multiple of {world}")
     folder = Path(c.out or f"runs/{c.name}")
+    if folder.exists() and not folder.is_dir():
+        fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
     model, ema, optimizer, encode, teacher = build(c, device)
@@ -408,7 +411,7 @@ def train(c):
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
     bar = tqdm(total=steps * c.train.batch, initial=step * c.train.batch, unit="img", disable=rank > 0, smoothing=0.05, dynamic_ncols=True)
-    total, since, bad, late, clock = torch.zeros(2, device=device), step, 0, Late(2), Clock()
+    total, since, bad, late, clock = torch.zeros(2, device=device), step, 0, Late(2), Clock(60 * log.minutes)
     crossed = lambda every: every and step * c.train.batch // every > (step - 1) * c.train.batch // every
     model.train()
     while step < steps:
@@ -548,6 +551,8 @@ def main(argv):
     if wanted is None:
         try:
             return train(configs.parse(argv))
+        except KeyboardInterrupt:                                                                         # before there is anything to save
+            sys.exit(130)
         except torch.OutOfMemoryError:
             fail("the device is out of memory: lower --train.micro_batch, or trade time for memory with --train.checkpointing=yes")
     rest = [a for a in argv if not a.startswith(("--bench=", "--config="))]
