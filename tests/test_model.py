@@ -1,7 +1,9 @@
 """The denoiser against diffusers' own class, and token routing against its definition."""
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
-from dataclasses import replace
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs
@@ -168,6 +170,25 @@ def test_kept_tokens_are_sorted_per_sample_and_change():
     assert len({tuple(row.tolist()) for row in ids}) == 64 and not torch.equal(ids, draw(1)) and torch.equal(ids, draw(0))
     hits = torch.zeros(100).index_add_(0, ids.flatten(), torch.ones(ids.numel()))
     assert hits.min() > 4 and hits.max() < 32                                   # mean 16, deviation 3.5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_blocks_equal_eager_ones_and_compile_once():
+    """As train.py compiles them: outputs and gradients, with one graph for all blocks of a shape."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    z, t, text, mask = inputs()
+    torch._dynamo.reset()
+    counter, gradients = CompileCounterWithBackend("inductor"), []
+    for compiled in (False, True):
+        model = randomise(PRX(SMALL))
+        for block in model.blocks if compiled else ():
+            block.compile(dynamic=False, backend=counter, fullgraph=True)
+        out = model(z, t, text, mask)[0]
+        out.square().mean().backward()
+        gradients.append([out.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item())
+    assert counter.frame_count == 1                                             # not one per block
 
 
 def test_checkpointing_changes_no_gradient():
