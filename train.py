@@ -267,13 +267,16 @@ class Log:
             new = json.dumps({"resumed": step, **provenance(device)} if old else {**provenance(device), "config": asdict(c)})
             self.path.write_text("\n".join([*old, new]) + "\n")
         self.remote = None
-        if rank == 0 and c.wandb:
-            import wandb
-            self.remote = wandb.init(project="nanot2i", name=c.name, dir=folder, config=asdict(c)).log
-        if rank == 0 and c.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder)
-            self.remote = lambda row: [writer.add_scalar(k, v, row["images"]) for k, v in row.items() if isinstance(v, float)]
+        try:
+            if rank == 0 and c.wandb:
+                import wandb
+                self.remote = wandb.init(project="nanot2i", name=c.name, dir=folder, config=asdict(c)).log
+            if rank == 0 and c.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(folder)
+                self.remote = lambda row: [writer.add_scalar(k, v, row["images"]) for k, v in row.items() if isinstance(v, float)]
+        except ImportError as error:
+            fail(f"{error}: pip install {'wandb' if c.wandb else 'tensorboard'}, or leave the flag away")
 
     def write(self, step, **row):
         if not self.path:
@@ -319,7 +322,7 @@ def look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, wor
     result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
     if rank == 0:
         log.write(step, val_loss=result["loss"], val_bins=result["bins"])
-        prompts = c.sample.prompts.split("|")
+        prompts = c.sample.prompts.split("|") if c.sample.prompts else [captions[0] for captions in held_out.captions[:8]]
         (folder / "samples").mkdir(exist_ok=True)
         grid(generate(net, c, tokenize, encode, prompts, list(range(len(prompts)))), prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
         plot(log.rows(), folder / "loss.png")
@@ -392,6 +395,9 @@ def train(c):
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
             pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
     tokenize = pretrained.tokenizer(c, bpe)
+    some = [captions[0] for captions in dataset.captions[:2000]]
+    if cut := int((tokenize(some)[1].sum(1) == c.text.length).sum()):
+        say(f"{cut} of the first {len(some)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
     steps = c.train.images // c.train.batch
     if step >= steps:
         say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
