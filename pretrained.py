@@ -354,7 +354,8 @@ def load(path, which="ema", device="cpu"):
     if not file.exists():
         fail(f"{folder} has no {file.name}")
 
-    model = PRX(c, dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    fast = torch.device(device).type == "cuda" and c.train.precision != "fp32"
+    model = PRX(c, dtype=torch.bfloat16 if fast else torch.float32)
     state = {key: value for key, value in load_file(file).items() if not key.startswith("align.")}      # REPA's projector
     want = {key: value for key, value in model.state_dict().items() if not key.startswith("align.")}
     same_keys(state, want, f"{file} does not fit this version of the model")

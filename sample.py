@@ -151,17 +151,12 @@ def open_checkpoint(args):
     path = Path(args.checkpoint) if args.checkpoint else newest()
     path = next(pretrained.newest_checkpoint(path), path)   # to say which it is
     model, c, tokenize, encode = pretrained.load(path, args.weights, device)
-    if device.type == "cuda" and c.train.precision != "fp32":
-        model.dtype = torch.bfloat16
     for name in ("steps", "guidance", "guide", "sampler", "lo", "hi"):
         if (text := getattr(args, name)) is not None:
             c = configs.override(c, f"sample.{name}", text)
     if getattr(args, "size", None):
         c = configs.override(c, "model.size", args.size)
-    c = configs.check(c)
-    if c.sample.guide == "self" and c.sample.guidance != 1 and c.model.route.end is None:
-        configs.fail("sample.guide=self needs a route that ends (TREAD); this model was trained with lazy masking")
-    return path, model, c, tokenize, encode
+    return path, model, configs.check(c), tokenize, encode
 
 
 def settings(c, path, args):

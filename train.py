@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -141,7 +140,7 @@ def resume(folder, c, model, ema, optimizer, device):
     checkpoint = next(pretrained.newest_checkpoint(folder), None)
     if checkpoint is None:
         return 0, None
-    free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")                            # may change in mid-run
+    free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")            # may change in mid-run
     changed = [d for d in configs.difference(configs.load(checkpoint / "config.json"), c)
                if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
     if changed:
@@ -352,7 +351,11 @@ def peak_memory(device):
     """GiB: the allocator's on a GPU, the whole process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
+    try:
+        import resource
+    except ImportError:                                                                                   # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def build(c, device, weights=True):

@@ -297,7 +297,7 @@ def test_mistakes_end_in_one_line(run, monkeypatch, argv, says):
     assert says in stop.value.code and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
 
 
-@pytest.mark.parametrize("route, says", [(None, "needs model.route"), (configs.Route(1, None, 0.5), "lazy masking")])
+@pytest.mark.parametrize("route, says", [(None, "needs a model.route with an end"), (configs.Route(1, None, 0.5), "needs a model.route with an end")])
 def test_self_guidance_needs_a_route_that_ends(tmp_path, monkeypatch, tiny, route, says):
     monkeypatch.chdir(tmp_path)
     c = replace(DEBUG, model=replace(DEBUG.model, route=route))
