@@ -59,8 +59,8 @@ def norm_rope(x, weight, table, dtype):
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v. q (B, H, K, D), k and v (B, H, T, D), mask (B, T) bool, true = attend.
 
-    On CPU the plain form is up to 1.3 times as fast as PyTorch's own for the short sequences of the small recipes
-    (its backward in bf16 is slow there); elsewhere, and for long ones, memory matters and PyTorch's own it is."""
+    On CPU the plain form serves the short sequences of the small recipes, where the backward of PyTorch's own is slow in
+    bf16; elsewhere, and for long ones, memory matters and PyTorch's own it is."""
     if q.device.type == "cpu" and k.shape[2] <= 192:
         score = wide(q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                                       # (B, H, K, T)
         if mask is not None:
