@@ -22,7 +22,8 @@ class Route:
 
 @dataclass(frozen=True)
 class Data:
-    source: str = "emoji"           # "emoji" (built in) or a folder: a.png + a.txt, or metadata.jsonl (file_name, text)
+    source: str = "emoji"           # "emoji" (built in), or a folder of images, *.tar, *.parquet or prepared shards (see data.py); or a:0.7,b:0.3
+    buckets: bool = False           # keep the aspect ratio: each micro-batch has one of a few shapes of about size x size pixels
     subset: str = "food,animals"    # of the built-in set: categories (food, animals, travel, objects, ...) or "all"
     skin_tones: bool = False        # built-in set: add the 1,875 skin-tone variants
     styles: str = "twemoji"         # built-in set: drawing styles, "twemoji" or "twemoji,openmoji" (named in the caption)
@@ -40,20 +41,31 @@ class Text:
     heads: int = 3
     drop: float = 0.1               # share of captions replaced by "" in training, for classifier-free guidance
     dim: int = 0                    # width of the frozen encoder's states; 0 = ask the encoder
+    pad: bool = False               # pad every caption to text.length and let the model attend to the padding (AMD's released MMDiT does)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The denoiser sees an autoencoder's latents instead of pixels."""
+    vae: str = ""                   # hub id or folder of a diffusers AutoencoderDC, frozen; "" = pixels
+    factor: int = 1                 # pixels per latent along a side; model.channels is the latents' too
 
 
 @dataclass(frozen=True)
 class Model:
-    kind: str = "prx"               # architecture: prx
-    size: int = 64                  # pixels (or latents) along a side
-    channels: int = 3
-    patch: int = 8                  # size must be a multiple of it
+    kind: str = "prx"               # architecture: prx (Photoroom), dit or mmdit (AMD Nitro-T)
+    size: int = 64                  # pixels along a side
+    channels: int = 3               # 3 colours, or the latents' channels
+    patch: int = 8                  # pixels (latents) along the side of a token
     width: int = 256                # hidden width, C
     depth: int = 8                  # blocks
     heads: int = 4                  # width / heads must be a multiple of 4 (two RoPE axes of pairs)
-    mlp_ratio: float = 3.5          # GEGLU hidden width / width
+    mlp_ratio: float = 3.5          # hidden width of the MLP / width
+    dual: int = 0                   # mmdit: so many of the first blocks have a second attention, of the image to itself
+    zero: bool = True               # start with every block the identity and the output zero; no: as AMD, PyTorch's defaults
     bottleneck: int = 0             # width between the two linear maps of the patch embedding; 0 = one map
-    absolute: bool = False          # add fixed sin-cos positions to the tokens, beside RoPE (JiT does, PRX does not)
+    absolute: bool = False          # prx: add fixed sin-cos positions to the tokens, beside RoPE (JiT does, PRX does not)
+    span: float = 0.0               # sin-cos positions run from 0 to this, whatever the number of tokens along a side; 0 = that number
     route: Route | None = None      # token routing: none, or start,end,keep as in --model.route=2,12,0.5
 
 
@@ -131,12 +143,18 @@ class Config:
     tensorboard: bool = False       # also log to TensorBoard (pip install tensorboard)
     model: Model = Model()
     text: Text = Text()
+    latent: Latent = Latent()
     data: Data = Data()
     flow: Flow = Flow()
     align: Align = Align()
     optim: Optim = Optim()
     train: Train = Train()
     sample: Sample = Sample()
+
+    @property
+    def side(self):
+        """Tokens along a side."""
+        return self.model.size // (self.latent.factor * self.model.patch)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -202,7 +220,44 @@ prx_1024 = replace(
     train=replace(prx_512.train, images=10_240_000, batch=512, micro_batch=8),
 )
 
-recipes = {c.name: c for c in (emoji, emoji_gpu, debug, prx_512, prx_1024)}
+nitro_512 = Config(
+    # python data.py prepare --config=nitro_512 --source=path/to/images --out=shards/nitro_512
+    # torchrun --nproc_per_node=8 train.py --config=nitro_512
+    # AMD's Nitro-T-0.6B: 100k steps of 2048 on 32 MI300X, 440 GPU-hours. Not run by us.
+    name="nitro_512",
+    data=Data(source="shards/nitro_512", workers=8),
+    latent=Latent(vae="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", factor=32),
+    text=Text(encoder="meta-llama/Llama-3.2-1B", length=256, dim=2048),
+    model=Model(kind="dit", size=512, channels=32, patch=1, width=1152, depth=28, heads=16, mlp_ratio=4.0, span=16.0,
+                route=Route(3, None, 0.5)),     # three mixer blocks, 0 to 2, as AMD's code has it; the blog says two
+    flow=Flow(prediction="v", shift=1.0, uniform=0.0),
+    align=Align(teacher="facebook/dinov2-base", block=8, size=224, hidden=2048),
+    optim=Optim(name="adamw", adam_lr=3e-4, beta2=0.999, eps=1e-10, decay=0.03, warmup=1_024_000, clip=0.5, ema=0.9999),     # AMD: no EMA here
+    train=Train(images=204_800_000, batch=2048, micro_batch=256, eval_every=2_048_000, save_every=2_048_000, keep_every=20_480_000, val_images=1024),
+    sample=Sample(steps=20, guidance=4.0, sampler="euler"),
+)
+
+nitro_1024 = replace(
+    # torchrun --nproc_per_node=8 train.py --config=nitro_1024
+    # AMD's Nitro-T-1.2B, first stage: at 512 pixels, 100k steps of 2048, about 224 of 522 GPU-hours. Not run by us.
+    nitro_512, name="nitro_1024",
+    model=replace(nitro_512.model, kind="mmdit", depth=24, heads=18, dual=13),
+)
+
+nitro_1024_ft = replace(
+    # python data.py prepare --config=nitro_1024_ft --source=path/to/images --out=shards/nitro_1024
+    # torchrun --nproc_per_node=8 train.py --config=nitro_1024_ft --init=runs/nitro_1024
+    # Second stage: at 1024 pixels, 20k steps of 2048, no REPA. Not run by us.
+    nitro_1024, name="nitro_1024_ft", init="runs/nitro_1024",
+    data=replace(nitro_512.data, source="shards/nitro_1024"),
+    model=replace(nitro_1024.model, size=1024), flow=replace(nitro_512.flow, shift=3.0), align=Align(),
+    # AMD's yaml says lr 8e-5, decay 0.1, eps 1e-8 under a key that its code never reads: as shipped, this stage ran at 3e-4, 0.03, 1e-10.
+    optim=replace(nitro_512.optim, adam_lr=8e-5, decay=0.1, eps=1e-8, ema=0.99975),
+    train=replace(nitro_512.train, images=40_960_000, micro_batch=64),
+    sample=replace(nitro_512.sample, guidance=4.5),
+)
+
+recipes = {c.name: c for c in (emoji, emoji_gpu, debug, prx_512, prx_1024, nitro_512, nitro_1024, nitro_1024_ft)}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -288,7 +343,7 @@ def check(c):
     m, t, o, f, s = c.model, c.train, c.optim, c.flow, c.sample
     ok = lambda condition, message: None if condition else fail(message)
     one_of = lambda key, value, *names: ok(value in names, f"{key} is one of {', '.join(names)}; not {value!r}")
-    one_of("model.kind", m.kind, "prx")
+    one_of("model.kind", m.kind, "prx", "dit", "mmdit")
     one_of("optim.name", o.name, "muon", "adamw")
     one_of("optim.ns", o.ns, "quintic", "polar")
     one_of("flow.prediction", f.prediction, "x", "v")
@@ -298,10 +353,11 @@ def check(c):
     one_of("train.compile", t.compile, "auto", "yes", "no")
     for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
                 "train.images", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
-                "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden"):
+                "latent.factor", "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")
-    for key in ("model.bottleneck", "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
+    for key in ("model.bottleneck", "model.dual", "model.span",
+                "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
                 "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "align.size"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) >= 0, f"{key} must not be below zero")
@@ -309,7 +365,9 @@ def check(c):
     for key in ("flow.uniform", "text.drop", "optim.ema", "optim.cooldown", "optim.momentum", "optim.beta1", "optim.beta2"):
         section, name = key.split(".")
         ok(0 <= getattr(getattr(c, section), name) <= 1, f"{key} lies between 0 and 1")
-    ok(m.size % m.patch == 0, f"model.size {m.size} must be a multiple of model.patch {m.patch}")
+    ok(m.size % (m.patch * c.latent.factor) == 0, f"model.size {m.size} must be a multiple of model.patch {m.patch}" +
+       (f" x latent.factor {c.latent.factor}" if c.latent.factor > 1 else ""))
+    ok(c.latent.vae or c.latent.factor == 1, "latent.factor is of an autoencoder: name it with --vae, or leave the factor 1")
     ok(m.width % (4 * m.heads) == 0, f"model.width {m.width} must be a multiple of 4 x model.heads {m.heads}")
     ok(t.batch % t.micro_batch == 0, f"train.batch {t.batch} must be a multiple of train.micro_batch {t.micro_batch}")
     ok(t.images % t.batch == 0 or t.images > t.batch, f"train.images {t.images} is less than one batch of {t.batch}")

@@ -126,6 +126,9 @@ def from_hub(kind, name, flag, **options):
 
 # The published recipes' networks, so that train.py --bench can time them with random weights and no download.
 KNOWN = {
+    "meta-llama/Llama-3.2-1B": ("LlamaConfig", dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, tie_word_embeddings=True)),
+    "facebook/dinov2-base": ("Dinov2Config", dict(image_size=518, patch_size=14)),
     "google/t5gemma-2b-2b-ul2": ("T5GemmaConfig", {}),       # transformers' defaults are this model
     "facebook/dinov3-vitl16-pretrain-lvd1689m": ("DINOv3ViTConfig", dict(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4)),
@@ -211,7 +214,7 @@ def teacher(c, device, weights=True):
 
     Layer -1 is the model's own last state, after its final norm where it has one for patches (CLIP has not)."""
     from transformers import AutoModel
-    name, config, grid = c.align.teacher, teacher_config(c, weights), c.model.size // c.model.patch
+    name, config, grid = c.align.teacher, teacher_config(c, weights), c.side
     patch, depth = getattr(config, "patch_size", None), getattr(config, "num_hidden_layers", 0)
     if not isinstance(patch, int) or not depth or hasattr(config, "num_patches"):           # convolutional; SigLIP 2 NaFlex
         fail(f"--teacher={name} is a {config.model_type}, not a vision transformer that takes a plain image")
@@ -242,6 +245,40 @@ def teacher(c, device, weights=True):
         return h                                            # (B, N, D)
     features.dim = config.hidden_size
     return features
+
+
+DC_AE = dict(                                               # the published f32c32 autoencoder's, for --bench
+    encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    encoder_layers_per_block=[2, 2, 2, 3, 3, 3], decoder_layers_per_block=[3] * 6, encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    decoder_qkv_multiscales=[[], [], [], [5], [5], [5]], upsample_block_type="interpolate", downsample_block_type="Conv", scaling_factor=0.41407)
+
+
+class VAE:
+    """DC-AE (Chen et al. 2024), frozen, bf16 on GPU and fp32 on CPU: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f)
+    of about unit variance. `chunk` images go through it at a time, which bounds its memory."""
+
+    def __init__(self, c, device, weights=True, chunk=8):
+        from diffusers import AutoencoderDC
+        name, flag, self.chunk = c.latent.vae, "--vae", chunk
+        if weights:
+            self.model = from_hub(AutoencoderDC, name, flag, use_safetensors=True)
+        else:
+            with torch.device(device):
+                self.model = AutoencoderDC.from_config(DC_AE)
+        config = self.model.config
+        self.scale, factor = config.scaling_factor, 2 ** (len(config.encoder_block_out_channels) - 1)
+        if (factor, config.latent_channels) != (c.latent.factor, c.model.channels):
+            fail(f"{flag}={name} makes {config.latent_channels} channels, {factor} pixels apart: "
+                 f"set --model.channels={config.latent_channels} --latent.factor={factor}")
+        self.model = self.model.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, image):
+        return torch.cat([self.model.encode(x.to(self.model.dtype)).latent.float() for x in image.to(self.model.device).split(self.chunk)]) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latent):
+        return torch.cat([self.model.decode((z / self.scale).to(self.model.dtype)).sample.float() for z in latent.to(self.model.device).split(self.chunk)])
 
 
 # ------------------------------------------------------------------------------------------------------------------

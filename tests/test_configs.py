@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_one_line(argument, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--model.kind=dit", "model.kind is one of"),
+    ("--model.kind=unet", "model.kind is one of"),
     ("--optim.name=sgd", "optim.name is one of muon, adamw"),
     ("--optim.ns=cubic", "optim.ns"),
     ("--flow.prediction=eps", "flow.prediction"),
