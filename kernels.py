@@ -26,11 +26,11 @@ def modulate_norm(x, shift, scale, eps=1e-6):
     return (h * (1 + wide(scale)[:, None]) + wide(shift)[:, None]).to(x.dtype)
 
 
-def sincos_table(height, width, dim, device=None, dtype=torch.float32):
+def sincos_table(height, width, dim, step=1.0, device=None, dtype=torch.float32):
     """Fixed 2-D positions (N, dim) to add to the tokens: the first half tells the column, the second the row, each [sin, cos]
-    (the order of DiT and PixArt). Computed in float64."""
+    (the order of DiT and PixArt). Neighbours are `step` apart. Computed in float64."""
     omega = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))        # (dim / 4,)
-    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in (height, width)), indexing="ij")
+    rows, cols = torch.meshgrid(*(step * torch.arange(n, dtype=torch.float64, device=device) for n in (height, width)), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]                                       # (N, dim / 4) each
     return torch.cat([f for a in angles for f in (a.sin(), a.cos())], -1).to(dtype)
 
@@ -72,7 +72,12 @@ def attention(q, k, v, mask=None):
 def geglu(gate_up):
     """GELU(gate) * up (Shazeer 2020), tanh form. gate_up (..., 2 M) -> (..., M)."""
     gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
+    return gelu(gate) * up
+
+
+def gelu(x):
+    """GELU, tanh form."""
+    return F.gelu(x, approximate="tanh")
 
 
 def keep_tokens(batch, tokens, keep, generator):
@@ -91,6 +96,22 @@ def gather_tokens(x, ids):
 def scatter_tokens(full, x, ids):
     """`full` (B, N, C) with the tokens `ids` (B, K) replaced by x (B, K, C)."""
     return full.scatter(1, ids[..., None].expand(-1, -1, x.shape[-1]), x)
+
+
+def on_tokens(f, x, slots):
+    """`f`, a map of each token by itself, on the tokens of x (B, L, C) that the flat indices slots (T,) name, each once; the
+    others become zeros. None: on all of them. Captions differ in length: this is how none is spent on their padding."""
+    if slots is None:
+        return f(x)
+    y = f(x.flatten(0, 1)[slots])                                                                         # (T, .)
+    return y.new_zeros(x.shape[0] * x.shape[1], y.shape[1]).index_copy(0, slots, y).unflatten(0, x.shape[:2])
+
+
+def text_slots(mask, multiple=8):
+    """The flat indices of the true entries of mask (B, L), on the CPU, then as many others as make their number a multiple of
+    multiple x B: few shapes, so few compiled graphs. -> (T,) int64"""
+    unit = multiple * len(mask)
+    return (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:-(-max(1, int(mask.sum())) // unit) * unit]
 
 
 # Five steps of X <- a X + (b A + c A A) X, A = X X^T. Quintic: Keller Jordan's fixed polynomial, singular values end in

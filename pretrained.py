@@ -282,48 +282,134 @@ class VAE:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# PRX weights <-> diffusers.PRXTransformer2DModel. Row order within each matrix is the same on both sides.
+# Released weights <-> ours: how diffusers (PRX) and AMD (Nitro-T, clones of diffusers' PixArt and SD3) name and cut them
 
-BLOCK_NAMES = {                                             # ours: theirs (two names: rows of the first, then of the second)
-    "qkv.weight": "attention.img_qkv_proj.weight",
-    "txt_kv.weight": "attention.txt_kv_proj.weight",
-    "q_norm": "attention.norm_q.weight",
-    "k_norm": "attention.norm_k.weight",
-    "txt_k_norm": "attention.norm_added_k.weight",
-    "attn_out.weight": "attention.to_out.0.weight",
-    "mlp_in.weight": "gate_proj.weight up_proj.weight",
-    "mlp_out.weight": "down_proj.weight",
-    "modulation.weight": "modulation.lin.weight",
-    "modulation.bias": "modulation.lin.bias",
+RELEASED = {                                                # kind: {ours: theirs, of which several are rows of ours, one after the other}
+    "prx": {
+        "blocks.*.qkv": "blocks.*.attention.img_qkv_proj",
+        "blocks.*.txt_kv": "blocks.*.attention.txt_kv_proj",
+        "blocks.*.q_norm": "blocks.*.attention.norm_q.weight",
+        "blocks.*.k_norm": "blocks.*.attention.norm_k.weight",
+        "blocks.*.txt_k_norm": "blocks.*.attention.norm_added_k.weight",
+        "blocks.*.attn_out": "blocks.*.attention.to_out.0",
+        "blocks.*.mlp_in": "blocks.*.gate_proj blocks.*.up_proj",
+        "blocks.*.mlp_out": "blocks.*.down_proj",
+        "blocks.*.modulation": "blocks.*.modulation.lin",
+        "img_in": "img_in",
+        "img_in.0": "img_in.0",
+        "img_in.1": "img_in.1",
+        "time_in.in_layer": "time_in.in_layer",
+        "time_in.out_layer": "time_in.out_layer",
+        "txt_in": "txt_in",
+        "final.modulation": "final_layer.adaLN_modulation.1",
+        "final.linear": "final_layer.linear",
+    },
+    "dit": {
+        "blocks.*.table": "transformer_blocks.*.scale_shift_table",
+        "blocks.*.qkv": "transformer_blocks.*.attn1.to_q transformer_blocks.*.attn1.to_k transformer_blocks.*.attn1.to_v",
+        "blocks.*.attn_out": "transformer_blocks.*.attn1.to_out.0",
+        "blocks.*.cross_q": "transformer_blocks.*.attn2.to_q",
+        "blocks.*.txt_kv": "transformer_blocks.*.attn2.to_k transformer_blocks.*.attn2.to_v",
+        "blocks.*.cross_out": "transformer_blocks.*.attn2.to_out.0",
+        "blocks.*.mlp_in": "transformer_blocks.*.ff.net.0.proj",
+        "blocks.*.mlp_out": "transformer_blocks.*.ff.net.2",
+        "img_in": "pos_embed.proj",
+        "time_in.in_layer": "adaln_single.emb.timestep_embedder.linear_1",
+        "time_in.out_layer": "adaln_single.emb.timestep_embedder.linear_2",
+        "modulation": "adaln_single.linear",
+        "txt_in.0": "caption_projection.linear_1",
+        "txt_in.2": "caption_projection.linear_2",
+        "txt_norm": "text_embedding_norm.weight",
+        "final.table": "scale_shift_table",
+        "final.linear": "proj_out",
+    },
+    "mmdit": {
+        "blocks.*.modulation": "transformer_blocks.*.norm1.linear",
+        "blocks.*.txt_modulation": "transformer_blocks.*.norm1_context.linear",
+        "blocks.*.qkv": "transformer_blocks.*.attn.to_q transformer_blocks.*.attn.to_k transformer_blocks.*.attn.to_v",
+        "blocks.*.attn_out": "transformer_blocks.*.attn.to_out.0",
+        "blocks.*.q_norm": "transformer_blocks.*.attn.norm_q.weight",
+        "blocks.*.k_norm": "transformer_blocks.*.attn.norm_k.weight",
+        "blocks.*.txt_qkv": "transformer_blocks.*.attn.add_q_proj transformer_blocks.*.attn.add_k_proj transformer_blocks.*.attn.add_v_proj",
+        "blocks.*.txt_out": "transformer_blocks.*.attn.to_add_out",
+        "blocks.*.txt_q_norm": "transformer_blocks.*.attn.norm_added_q.weight",
+        "blocks.*.txt_k_norm": "transformer_blocks.*.attn.norm_added_k.weight",
+        "blocks.*.qkv2": "transformer_blocks.*.attn2.to_q transformer_blocks.*.attn2.to_k transformer_blocks.*.attn2.to_v",
+        "blocks.*.attn2_out": "transformer_blocks.*.attn2.to_out.0",
+        "blocks.*.q2_norm": "transformer_blocks.*.attn2.norm_q.weight",
+        "blocks.*.k2_norm": "transformer_blocks.*.attn2.norm_k.weight",
+        "blocks.*.mlp_in": "transformer_blocks.*.ff.net.0.proj",
+        "blocks.*.mlp_out": "transformer_blocks.*.ff.net.2",
+        "blocks.*.txt_mlp_in": "transformer_blocks.*.ff_context.net.0.proj",
+        "blocks.*.txt_mlp_out": "transformer_blocks.*.ff_context.net.2",
+        "img_in": "pos_embed.proj",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "txt_in": "context_embedder",
+        "txt_norm": "text_embedding_norm.weight",
+        "final.modulation": "norm_out.linear",
+        "final.linear": "proj_out",
+    },
 }
-OUTER_NAMES = {
-    "time_in.in_layer": "time_in.in_layer",
-    "time_in.out_layer": "time_in.out_layer",
-    "txt_in": "txt_in",
-    "final.modulation": "final_layer.adaLN_modulation.1",
-    "final.linear": "final_layer.linear",
-}
 
 
-def prx_names(state):
-    """{our name: [their names]} for a model with as many blocks and the kind of img_in that `state` (of either side) has."""
-    blocks = sorted({int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))})
-    img_in = ["img_in.0", "img_in.1"] if "img_in.0.weight" in state else ["img_in"]          # with and without bottleneck
-    names = {f"blocks.{i}.{a}": [f"blocks.{i}.{name}" for name in b.split()] for i in blocks for a, b in BLOCK_NAMES.items()}
-    return names | {f"{a}.{kind}": [f"{b}.{kind}"] for a, b in {**OUTER_NAMES, **dict(zip(img_in, img_in))}.items()
-                    for kind in ("weight", "bias")}
+def look_up(table, key):
+    """(what the table says of the key or of the module it belongs to, the rest of the key), with the block's number put back."""
+    number = re.search(r"blocks\.(\d+)\.", key)
+    plain = re.sub(r"blocks\.\d+\.", "blocks.*.", key)
+    for stem, rest in ((plain, ""), (plain.rpartition(".")[0], "." + plain.rpartition(".")[2])):
+        if stem in table:
+            return table[stem], rest, number[1] if number else ""
+    return None, "", ""
 
 
-def prx_to_diffusers(state):
-    names = prx_names(state)
-    same_keys(state, names, "this is no PRX state dict (an own text transformer has no counterpart in diffusers)")
-    return {b: piece.clone() for a, theirs in names.items() for b, piece in zip(theirs, state[a].chunk(len(theirs)))}
+def scale_first(kind, key, state):
+    """diffusers' AdaLayerNormContinuous, the last modulation of text and of image in an MMDiT, has its scale before its shift."""
+    return kind == "mmdit" and (key.startswith("final.modulation") or ".txt_modulation" in key and len(state[key]) == 2 * state["txt_norm"].numel())
 
 
-def diffusers_to_prx(state):
-    names = prx_names(state)
-    same_keys(state, sum(names.values(), []), "this is no state dict of diffusers.PRXTransformer2DModel that we know")
-    return {a: torch.cat([state[b] for b in theirs]) for a, theirs in names.items()}
+def to_released(kind, state):
+    """Our state dict under the names and in the shapes of the released models. Bit-exact, both ways."""
+    made = {}
+    for key, value in state.items():
+        theirs, rest, number = look_up(RELEASED[kind], key)
+        if theirs is None:
+            fail(f"{key} has no counterpart in a released {kind} (an own text transformer has none)")
+        if scale_first(kind, key, state):
+            value = value.roll(len(value) // 2, 0)
+        if key.endswith("table"):
+            value = value.view(2 if key == "final.table" else 6, -1)
+        if key == "img_in.weight" and kind != "prx":
+            value = value[:, :, None, None]                 # a 1 x 1 convolution
+        names = theirs.split()
+        made.update((name.replace("*", number) + rest, piece.clone()) for name, piece in zip(names, value.chunk(len(names))))
+    return made
+
+
+def from_released(kind, state, name="this"):
+    """The reverse. Every key must be known and every piece there; whether the model is complete, its load_state_dict says."""
+    table = {their: (ours, j) for ours, theirs in RELEASED[kind].items() for j, their in enumerate(theirs.split())}
+    pieces, unknown = {}, []
+    for key, value in state.items():
+        found, rest, number = look_up(table, key)
+        if found is None:
+            unknown.append(key)
+            continue
+        pieces.setdefault(found[0].replace("*", number) + rest, {})[found[1]] = value
+    wanted = {key: len(look_up(RELEASED[kind], key)[0].split()) for key in pieces}
+    missing = [f"a part of {key}" for key, parts in pieces.items() if len(parts) < wanted[key]]
+    if unknown or missing:
+        fail(f"{name} holds no {kind} that we know" + "".join(f"; {len(k)} {what}: {', '.join(sorted(k)[:3])}" for what, k in
+             (("unknown", unknown), ("missing", missing)) if k))
+    made = {key: torch.cat([parts[j] for j in range(len(parts))]) for key, parts in pieces.items()}
+    for key, value in made.items():
+        if key.endswith("table"):
+            made[key] = value.flatten()
+        if key == "img_in.weight":
+            made[key] = value.flatten(1)
+        if scale_first(kind, key, made):
+            made[key] = value.roll(len(value) // 2, 0)
+    return made
 
 
 def same_keys(have, want, message):
@@ -374,7 +460,7 @@ def load(path, which="ema", device="cpu"):
     """-> model in eval mode, its config, tokenize, encode (none with bpe). `path`: a run folder or one checkpoint of it."""
     from safetensors.torch import load_file
 
-    from model import PRX
+    from model import Denoiser
     folder = Path(path)
     if (folder / "model.safetensors").exists() or re.fullmatch(r"step_\d+", folder.name) and folder.is_dir():
         if wrong := damage(folder):
@@ -392,7 +478,7 @@ def load(path, which="ema", device="cpu"):
         fail(f"{folder} has no {file.name}")
 
     fast = torch.device(device).type == "cuda" and c.train.precision != "fp32"
-    model = PRX(c, dtype=torch.bfloat16 if fast else torch.float32)
+    model = Denoiser(c, dtype=torch.bfloat16 if fast else torch.float32)
     state = {key: value for key, value in load_file(file).items() if not key.startswith("align.")}      # REPA's projector
     want = {key: value for key, value in model.state_dict().items() if not key.startswith("align.")}
     same_keys(state, want, f"{file} does not fit this version of the model")

@@ -44,7 +44,7 @@ import kernels
 import muon
 import pretrained
 from configs import fail
-from model import PRX, count, flops, patchify
+from model import Denoiser, count, flops, patchify
 from sample import generate, grid
 
 
@@ -363,7 +363,7 @@ def build(c, device, weights=True):
     encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device, weights)
     teacher = pretrained.teacher(c, device, weights) if c.align.teacher else None
     torch.manual_seed(c.seed)
-    model = PRX(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
+    model = Denoiser(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.align = None
     return model, ema, muon.build(model, c.optim), encode, teacher

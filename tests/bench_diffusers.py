@@ -24,8 +24,8 @@ from diffusers import PRXTransformer2DModel
 
 import configs
 import kernels
-from model import PRX, patchify
-from pretrained import diffusers_to_prx
+from model import Denoiser, patchify
+from pretrained import from_released
 from train import compute_dtype, wait
 
 
@@ -44,8 +44,8 @@ def main():
     torch.manual_seed(0)
     for p in theirs.parameters():                                               # not zero: gradients must flow everywhere
         torch.nn.init.normal_(p, std=0.02)
-    ours = PRX(c, dtype=dtype).to(device)
-    ours.load_state_dict(diffusers_to_prx(theirs.state_dict()))
+    ours = Denoiser(c, dtype=dtype).to(device)
+    ours.load_state_dict(from_released("prx", theirs.state_dict()))
     for block in [*theirs.blocks, *ours.blocks]:
         block.compile(dynamic=False)
     size = side * patch

@@ -14,7 +14,7 @@ import configs
 import data
 import evaluate
 import pretrained
-from model import PRX, unpatchify
+from model import Denoiser, unpatchify
 from test_sample import DEBUG, RANKS, randomise, run, tiny, watch  # noqa: F401  (run and tiny are fixtures)
 
 # ruff: noqa: F811  (pytest's fixtures are named by arguments)
@@ -77,7 +77,7 @@ def test_validation_loss_of_few_images_and_other_micro_batches(tiny, emoji):
 def two_ranks(rank, path, c):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}/meet", rank=rank, world_size=2)
-    found = evaluate.validation_loss(randomise(PRX(c)), c, pretrained.tokenizer(c, RANKS), None, data.load(c)[1], 20, rank, 2)
+    found = evaluate.validation_loss(randomise(Denoiser(c)), c, pretrained.tokenizer(c, RANKS), None, data.load(c)[1], 20, rank, 2)
     Path(path, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

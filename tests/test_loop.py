@@ -26,7 +26,7 @@ import pretrained
 import sample
 import train
 from configs import Route
-from model import PRX, patchify
+from model import Denoiser, patchify
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--config=debug", "--train.precision=fp32", "--model.size=16", "--model.patch=4", "--model.width=32", "--text.vocab=400",
@@ -250,7 +250,7 @@ def loss_and_gradient(c, model, batch, null, seed=5, teacher=None, encode=None):
 def test_lazy_masking_sees_the_targets_of_kept_tokens_only_and_tread_all(route, all_count, monkeypatch):
     c = configs.parse(TINY)
     c = replace(c, model=replace(c.model, route=route))
-    model, (batch, null) = randomise(PRX(c)), micro(c)
+    model, (batch, null) = randomise(Denoiser(c)), micro(c)
     kept = []
     spy(monkeypatch, kernels, "keep_tokens", lambda _, ids: kept.append(ids))
     loss, gradient = loss_and_gradient(c, model, batch, null)
@@ -310,14 +310,14 @@ def test_kept_tokens_differ_between_samples_micro_batches_and_steps(monkeypatch,
 def test_the_gradient_of_a_step_is_the_mean_over_its_micro_batches(monkeypatch, tmp_path):
     """Against one backward over all eight images, on what the run drew for them: noise, t, captions."""
     seen, grads, c = [], [], configs.parse([*TINY, "--model.route=none", "--optim.clip=0", "--train.images=8"])
-    monkeypatch.setattr(train, "PRX", lambda *a: randomise(PRX(*a)))
-    forward = PRX.forward
+    monkeypatch.setattr(train, "Denoiser", lambda *a: randomise(Denoiser(*a)))
+    forward = Denoiser.forward
 
     def watched(self, *args):
         if torch.is_grad_enabled():
             seen.append(args)
         return forward(self, *args)
-    monkeypatch.setattr(PRX, "forward", watched)
+    monkeypatch.setattr(Denoiser, "forward", watched)
     spied = []
     spy(monkeypatch, flow, "interpolate", lambda args, z: spied.append((*args, z)))
 
@@ -330,7 +330,7 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_micro_batches(monkeypatch, 
     z, t, text, mask = (torch.cat(a) for a in zip(*(args[:4] for args in seen)))
     x, eps = (torch.cat([s[i] for s in spied[:2]]) for i in (0, 1))
     mean, params = grads
-    model = randomise(PRX(c))
+    model = randomise(Denoiser(c))
     out, _ = model(z, t, text, mask)
     loss = ((out - patchify(x, 4)) / t.view(-1, 1, 1).clamp(min=0.05)).square().mean()
     loss.backward()
@@ -405,8 +405,8 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_average_of_the_weights_follows_its_formula(every):
     c = configs.parse([*TINY, "--optim.ema=0.7", f"--optim.ema_every={every}"])
-    model = PRX(c, 8)                                                                                     # with a REPA head
-    ema = PRX(c)
+    model = Denoiser(c, 8)                                                                                     # with a REPA head
+    ema = Denoiser(c)
     ema.load_state_dict(model.state_dict(), strict=False)
     want = {n: p.detach().double() for n, p in ema.named_parameters()}
     g = torch.Generator().manual_seed(0)

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configs
 import kernels
-from model import PRX, count, flops, patchify, unpatchify
-from pretrained import diffusers_to_prx
+from model import Denoiser, count, flops, patchify, unpatchify
+from pretrained import from_released
 
 SMALL = replace(configs.debug, text=configs.Text(encoder="frozen", dim=24), model=configs.Model(
     size=32, patch=8, width=64, depth=4, heads=4, mlp_ratio=3.5, bottleneck=16, route=configs.Route(1, 2, 0.5)))
@@ -42,8 +42,8 @@ def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkey
     m = SMALL.model
     theirs = randomise(PRXTransformer2DModel(in_channels=3, patch_size=8, context_in_dim=24, hidden_size=64, mlp_ratio=3.5, num_heads=4,
                                              depth=4, axes_dim=[8, 8], bottleneck_size=m.bottleneck).to(dtype))
-    ours = PRX(SMALL, dtype=dtype).to(dtype)
-    ours.load_state_dict(diffusers_to_prx(theirs.state_dict()))
+    ours = Denoiser(SMALL, dtype=dtype).to(dtype)
+    ours.load_state_dict(from_released("prx", theirs.state_dict()))
     z, t, text, mask = inputs(dtype=dtype)
     if dtype == torch.float64:
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -55,7 +55,7 @@ def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkey
     assert scale > 0.1 and (out - reference).abs().max() <= tolerance * scale
     weight = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
     (out * weight).sum().backward(), (reference * weight).sum().backward()
-    gradients = diffusers_to_prx({n: p.grad for n, p in theirs.named_parameters()})
+    gradients = from_released("prx", {n: p.grad for n, p in theirs.named_parameters()})
     for name, p in ours.named_parameters():
         size = gradients[name].abs().max()
         assert size > 0 and (p.grad - gradients[name]).abs().max() <= tolerance * size, name
@@ -63,13 +63,13 @@ def test_dense_output_and_all_gradients_equal_diffusers(dtype, tolerance, monkey
 
 def test_parameter_count_of_prx_512():
     with torch.device("meta"):
-        assert count(PRX(configs.prx_512, align_dim=1024)) == 1_177_215_744
-        assert count(PRX(replace(configs.prx_512, text=replace(configs.prx_512.text, dim=2048)))) == 1_176_756_992
+        assert count(Denoiser(configs.prx_512, align_dim=1024)) == 1_177_215_744
+        assert count(Denoiser(replace(configs.prx_512, text=replace(configs.prx_512.text, dim=2048)))) == 1_176_756_992
 
 
 def test_output_is_exactly_zero_at_initialisation():
     z, t, text, mask = inputs()
-    assert PRX(SMALL)(z, t, text, mask)[0].abs().max() == 0
+    assert Denoiser(SMALL)(z, t, text, mask)[0].abs().max() == 0
 
 
 def test_patchify_order_and_round_trip():
@@ -80,20 +80,20 @@ def test_patchify_order_and_round_trip():
 
 
 def test_text_padding_is_never_attended():
-    model = randomise(PRX(SMALL))
+    model = randomise(Denoiser(SMALL))
     z, t, text, mask = inputs()
     out = model(z, t, text, mask)[0]
     assert torch.equal(out, model(z, t, torch.where(mask[..., None], text, 1e3), mask)[0])
     alone = model(z[1:2], t[1:2], text[1:2, :2], None)[0]                       # the second caption has two tokens
     torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-4)
-    own = randomise(PRX(OWN))                                                 # the same for our own text transformer
+    own = randomise(Denoiser(OWN))                                                 # the same for our own text transformer
     ids = torch.randint(0, 256, (3, 5))
     padded, cut = own(z, t, ids, mask)[0], own(z[1:2], t[1:2], ids[1:2, :2], mask[1:2, :2])[0]
     torch.testing.assert_close(padded[1:2], cut, rtol=1e-4, atol=1e-4)
 
 
 def test_text_keys_and_values_can_be_computed_once():
-    model = randomise(PRX(SMALL))
+    model = randomise(Denoiser(SMALL))
     z, t, text, mask = inputs()
     assert torch.equal(model(z, t, model.text_kv(text, mask), mask)[0], model(z, t, text, mask)[0])
 
@@ -101,7 +101,7 @@ def test_text_keys_and_values_can_be_computed_once():
 @pytest.mark.parametrize("end", [2, None])
 def test_keeping_all_tokens_equals_dense_exactly(end):
     c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 1.0)))
-    model = randomise(PRX(c))
+    model = randomise(Denoiser(c))
     z, t, text, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(ids, torch.arange(16).expand(3, 16))
@@ -113,7 +113,8 @@ def routed_by_loops(model, z, t, text, mask, ids):
     outs = []
     for b in range(len(z)):
         x = model.img_in(patchify(z[b:b + 1], model.patch))
-        vec = torch.nn.functional.silu(model.time_in(__import__("model").timestep_embedding(t[b:b + 1])))
+        time = model.time_in(__import__("model").timestep_embedding(t[b:b + 1]))
+        vec = torch.nn.functional.silu(time)
         txt = model.read(text[b:b + 1], None)[:, mask[b]]
         table, here = model.positions(4, 4, z.device)[0], slice(None)
         seen = []
@@ -123,7 +124,7 @@ def routed_by_loops(model, z, t, text, mask, ids):
             x = x.clone()
             x[:, here] = y
             seen.append(x)
-        out = model.final(x, vec)
+        out = model.final(x, time)
         outs.append((out if model.route.end is not None else out[:, ids[b]], seen))
     return outs
 
@@ -131,7 +132,7 @@ def routed_by_loops(model, z, t, text, mask, ids):
 @pytest.mark.parametrize("end", [2, None])
 def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
     c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)))
-    model = randomise(PRX(c))
+    model = randomise(Denoiser(c))
     z, t, text, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
     seen = []
@@ -154,7 +155,7 @@ def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
 @pytest.mark.parametrize("end", [2, None])
 def test_gradients_reach_every_parameter_through_the_route(end):
     c = replace(OWN, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)), align=replace(SMALL.align, block=1, hidden=16))
-    model = randomise(PRX(c, align_dim=8))
+    model = randomise(Denoiser(c, align_dim=8))
     z, t, _, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
     out, tapped = model(z, t, torch.randint(0, 256, (3, 5)), mask, ids)
@@ -180,7 +181,7 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once():
     torch._dynamo.reset()
     counter, gradients = CompileCounterWithBackend("inductor"), []
     for compiled in (False, True):
-        model = randomise(PRX(SMALL))
+        model = randomise(Denoiser(SMALL))
         for block in model.blocks if compiled else ():
             block.compile(dynamic=False, backend=counter, fullgraph=True)
         out = model(z, t, text, mask)[0]
@@ -196,7 +197,7 @@ def test_checkpointing_changes_no_gradient():
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
     gradients = []
     for on in (False, True):
-        model = randomise(PRX(replace(SMALL, train=replace(SMALL.train, checkpointing=on))))
+        model = randomise(Denoiser(replace(SMALL, train=replace(SMALL.train, checkpointing=on))))
         model(z, t, text, mask, ids)[0].square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
@@ -208,7 +209,7 @@ def test_flops_formula_equals_the_counter(route):
     z, t, text, _ = inputs()
     ids = route and kernels.keep_tokens(1, 16, route.keep, torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
-        PRX(c)(z[:1], t[:1], text[:1], None, ids)
+        Denoiser(c)(z[:1], t[:1], text[:1], None, ids)
     assert counter.get_total_flops() == flops(c, 5)
 
 

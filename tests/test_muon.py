@@ -9,7 +9,7 @@ from torch import nn
 import configs
 import kernels
 import muon
-from model import PRX
+from model import Denoiser
 
 SHAPES = [(32, 32), (96, 32), (32, 96), (32, 32), (20, 48)]
 
@@ -159,7 +159,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit():
 
 
 def test_groups_of_the_model():
-    model = PRX(configs.debug, align_dim=8)
+    model = Denoiser(configs.debug, align_dim=8)
     names = {id(p): n for n, p in model.named_parameters()}
     opt = muon.build(model, configs.Optim(decay=0.1))
     inside = {names[id(p)] for p in opt.param_groups[0]["params"]}
@@ -167,14 +167,14 @@ def test_groups_of_the_model():
     assert all(p.ndim < 2 for g in opt.param_groups if g["decay"] == 0 for p in g["params"])
     assert [g["kind"] for g in muon.build(model, configs.Optim(name="adamw")).param_groups] == ["adamw", "adamw"]
     with torch.device("meta"):
-        prx = PRX(configs.prx_512, align_dim=1024)
+        prx = Denoiser(configs.prx_512, align_dim=1024)
     sizes = [sum(p.numel() for p in g["params"]) for g in muon.build(prx, configs.prx_512.optim).param_groups]
     assert sizes[0] == 1_156_055_040 and sum(sizes[1:]) - sum(p.numel() for p in prx.align.parameters()) == 21_160_704
 
 
 def test_a_parameter_in_two_groups_is_refused():
-    model = PRX(configs.debug)
-    model.named_parameters = lambda **_: [*PRX.named_parameters(model), ("again", model.final.linear.weight)]
+    model = Denoiser(configs.debug)
+    model.named_parameters = lambda **_: [*Denoiser.named_parameters(model), ("again", model.final.linear.weight)]
     with pytest.raises(AssertionError, match="exactly one group"):
         muon.build(model, configs.Optim())
     tied = nn.ModuleDict({"blocks": nn.Linear(4, 4), "head": nn.Linear(4, 4)})

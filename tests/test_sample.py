@@ -15,7 +15,7 @@ import configs
 import kernels
 import pretrained
 import sample
-from model import PRX, unpatchify
+from model import Denoiser, unpatchify
 
 CAPTIONS = ["red apple on a yellow background", "tiger face", "a slice of pizza on a blue background", "owl"] * 3
 DEBUG = replace(configs.debug, text=replace(configs.debug.text, vocab=300))
@@ -37,7 +37,7 @@ def randomise(model, seed=0):
 
 @pytest.fixture
 def tiny():
-    return randomise(PRX(DEBUG)), pretrained.tokenizer(DEBUG, RANKS)
+    return randomise(Denoiser(DEBUG)), pretrained.tokenizer(DEBUG, RANKS)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_guidance_equals_a_plain_loop_that_reads_the_text_at_every_step(tiny, pr
     encode = None
     c = replace(setting(sampler="euler"), flow=replace(DEBUG.flow, prediction=prediction, noise=1.5))
     if frozen:                                              # a frozen encoder, and a tokenizer that pads to the longest
-        model = randomise(PRX(replace(c, text=replace(c.text, encoder="frozen", dim=24))))
+        model = randomise(Denoiser(replace(c, text=replace(c.text, encoder="frozen", dim=24))))
         table = torch.randn(300, 24, generator=torch.Generator().manual_seed(5))
         encode = lambda ids, mask: table[ids] * (1 + mask.sum(1)[:, None, None])
         own = tokenize
@@ -301,7 +301,7 @@ def test_mistakes_end_in_one_line(run, monkeypatch, argv, says):
 def test_self_guidance_needs_a_route_that_ends(tmp_path, monkeypatch, tiny, route, says):
     monkeypatch.chdir(tmp_path)
     c = replace(DEBUG, model=replace(DEBUG.model, route=route))
-    write_checkpoint(tmp_path / "runs" / "x" / "step_1", randomise(PRX(c)), c)
+    write_checkpoint(tmp_path / "runs" / "x" / "step_1", randomise(Denoiser(c)), c)
     with pytest.raises(SystemExit, match=says):
         command(monkeypatch, "owl", "--guide=self", "--steps=1")
 

@@ -23,7 +23,7 @@ import kernels
 import muon
 import pretrained
 import train
-from model import PRX, patchify
+from model import Denoiser, patchify
 
 ROOT = Path(__file__).parent.parent
 TINY = "--config=debug --train.precision=fp32 --train.eval_every=0 --train.log_every=1 --train.val_images=8 --sample.steps=1".split()
@@ -187,7 +187,7 @@ def test_start_from_another_run_and_drop_the_repa_head(whole, tmp_path):
 
 def test_kept_checkpoints(tmp_path):
     c = replace(configs.debug, train=replace(configs.debug.train, batch=16, keep_every=64))
-    model = PRX(c)
+    model = Denoiser(c)
     for step in range(2, 13, 2):
         train.save(tmp_path, step, c, model, model, muon.build(model, c.optim), None)
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 10, 12]
@@ -205,7 +205,7 @@ def micro(c, n=6):
 def setting(route, **changes):
     c = replace(configs.debug, model=replace(configs.debug.model, route=route), **changes)
     torch.manual_seed(0)
-    model = PRX(c, align_dim=4 if c.align.teacher else 0)
+    model = Denoiser(c, align_dim=4 if c.align.teacher else 0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -286,8 +286,8 @@ def test_a_batch_is_the_mean_of_its_micro_batches():
 def test_schedule_and_average():
     c = replace(configs.debug, optim=configs.Optim(warmup=100, cooldown=0.5, ema=0.9, ema_every=2), train=replace(configs.debug.train, images=1000, batch=10))
     assert [train.schedule(c, i) for i in (0, 40, 90, 400, 500, 750, 990)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.02])
-    model = PRX(c)
-    ema = PRX(c).requires_grad_(False)
+    model = Denoiser(c)
+    ema = Denoiser(c).requires_grad_(False)
     before = {n: p.double().clone() for n, p in ema.named_parameters()}
     train.update_ema(c, model, ema, 1000)
     for name, p in model.named_parameters():
