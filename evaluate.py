@@ -27,7 +27,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @torch.no_grad()
-def validation_loss(model, c, tokenize, encode, dataset, n, rank=0, world=1, device="cpu"):
+def validation_loss(model, c, tokenize, encode, dataset, n, rank=0, world=1, device="cpu", vae=None):
     """-> {"loss", "bins": of ten equal ranges of t, "images"}, the same on every rank.
 
     The squared error of the velocity on the first n items of a fixed order, canonical captions, dense. Item i has noise
@@ -35,14 +35,20 @@ def validation_loss(model, c, tokenize, encode, dataset, n, rank=0, world=1, dev
     so that recipes with different laws of t, and x- and v-prediction, compare."""
     sums = torch.zeros(2, BINS, dtype=torch.float64)
     for m, batch in zip(count(rank, world), data.fixed_batches(dataset, tokenize, n, c.train.micro_batch, rank, world)):
-        image, ids, mask = (batch[key].to(device) for key in ("image", "ids", "mask"))
-        items = [m * c.train.micro_batch + i for i in range(len(image))]
+        batch = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
+        x, text, mask = batch.get("latent"), batch.get("text"), batch["mask"]                            # prepared, or else:
+        if x is None:
+            x = batch["image"].float() / 127.5 - 1
+            x = vae.encode(x) if vae else x
+        if text is None:
+            text = batch["ids"] if encode is None else encode(batch["ids"], mask)
+        items = [m * c.train.micro_batch + i for i in range(len(x))]
         u = torch.tensor([(i + 0.5) * GOLDEN % 1 for i in items], dtype=torch.float64)
         t = (flow.T_MIN + (1 - flow.T_MIN) * u).float().to(device)
-        x = image.float() / 127.5 - 1
+        x = x.float()
         eps = c.flow.noise * flow.noise(items, x.shape[1:]).to(device)
         z = flow.interpolate(x, eps, t)
-        out, _ = model(z, t, ids if encode is None else encode(ids, mask), mask)
+        out, _ = model(z, t, text, mask)
         loss = flow.loss(c.flow.prediction, unpatchify(out, c.model.patch, *x.shape[2:]), x, eps, t)   # (B,)
         sums[0].index_add_(0, (u * BINS).long(), loss.double().cpu())
         sums[1].index_add_(0, (u * BINS).long(), torch.ones(len(items), dtype=torch.float64))
@@ -101,7 +107,7 @@ def score(images, pairs, dataset, gallery, feature):
             "both top-1": share(pair < 1), "both top-5": share(pair < 5), "captions": len(pairs)}
 
 
-def retrieval(model, c, tokenize, encode, train, val, n=200, sets=("seen", "heldout"), seed=0, feature=pixels):
+def retrieval(model, c, tokenize, encode, train, val, n=200, sets=("seen", "heldout"), seed=0, feature=pixels, vae=None):
     """Sample the captions of n pairs of each set once, every picture from a seed of its own, and look for the nearest ones
     among all (emoji, background) renderings, those of held-out pairs included.
 
@@ -118,7 +124,7 @@ def retrieval(model, c, tokenize, encode, train, val, n=200, sets=("seen", "held
         pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:n]]
         captions = [train.caption(e, b) for e, b in pairs]
         with tqdm(total=calls(c, len(pairs)), unit="step", desc=name, leave=False, disable=None) as bar:
-            images = generate(model, c, tokenize, encode, captions, [*range(first, first + len(pairs))], bar.update)
+            images = generate(model, c, tokenize, encode, captions, [*range(first, first + len(pairs))], bar.update, vae=vae)
         first += len(pairs)
         results[name] = score(images, pairs, train, gallery, feature)
     results["chance"] = {"emoji top-1": 1 / emoji, "emoji top-5": min(1, 5 / emoji), "background": 1 / backgrounds,
@@ -159,7 +165,7 @@ def main():
         configs.fail("--n must be above zero, --seed zero or more")
     with one_line("try --device=cpu"):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        path, model, c, tokenize, encode = open_checkpoint(args)
+        path, model, c, tokenize, encode, vae = open_checkpoint(args)
         device = next(model.parameters()).device
         if "retrieval" in what and c.data.source != "emoji":
             configs.fail("retrieval needs the built-in emoji set; --what=loss works on any")
@@ -167,13 +173,13 @@ def main():
         found = {**settings(c, path, args), "seed": args.seed}
         print(path)
         if "loss" in what:
-            found["loss"] = validation_loss(model, c, tokenize, encode, val, c.train.val_images, device=device)
+            found["loss"] = validation_loss(model, c, tokenize, encode, val, c.train.val_images, device=device, vae=vae)
             show_loss(found["loss"])
         if "retrieval" in what:
             feature = pixels if args.features == "pixels" else vision(args.features, c, device)
             sets = ("seen", "heldout") if args.set == "both" else (args.set,)
             found["features"] = args.features
-            found["retrieval"] = retrieval(model, c, tokenize, encode, train, val, args.n, sets, args.seed, feature)
+            found["retrieval"] = retrieval(model, c, tokenize, encode, train, val, args.n, sets, args.seed, feature, vae)
             show_retrieval(found["retrieval"], args.features)
         Path(args.out).write_text(json.dumps(found, indent=2) + "\n")
         print(args.out)

@@ -1,4 +1,6 @@
-"""What others trained, and the tokenizers: text encoders, vision teachers, released PRX weights in and out; our checkpoints.
+"""What others trained, and the tokenizers: text encoders, autoencoders, vision teachers; released denoisers in and out; our checkpoints.
+
+    python pretrained.py export runs/prx_512 out/prx        # a checkpoint of ours in the layout that diffusers' pipelines load
 
     tokenize = tokenizer(c, ranks)              # list[str] -> (ids (B, L), mask (B, L))
     encode = text_encoder(c, device)            # (ids, mask) -> states (B, L, encode.dim), frozen
@@ -193,8 +195,8 @@ def teacher_config(c, weights=True):
     return getattr(config, "vision_config", config)         # the vision part of CLIP, SigLIP
 
 
-def teacher_dim(c):
-    return teacher_config(c).hidden_size
+def teacher_dim(c, weights=True):
+    return teacher_config(c, weights).hidden_size
 
 
 def pixel_statistics(name, model_type):
@@ -229,19 +231,21 @@ def teacher(c, device, weights=True):
     option = "interpolate_pos_encoding"                     # the DINOs do it unasked
     options = {option: True} if option in inspect.signature(model.forward).parameters else {}
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
-    patches = side // patch
+    token = c.model.size // grid                            # pixels of the denoiser's own token
 
     @torch.no_grad()
     def features(image):
         x = image.to(device).float() / 2 + 0.5
-        if x.shape[-2:] != (side, side):
-            x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)   # bicubic overshoots
+        rows, cols = (n // token for n in x.shape[-2:])     # grid x grid, or about as many in another shape
+        down, across = (max(1, round(n * side / (grid * patch))) for n in (rows, cols))
+        if x.shape[-2:] != (down * patch, across * patch):
+            x = F.interpolate(x, (down * patch, across * patch), mode="bicubic", antialias=True).clamp(0, 1)   # bicubic overshoots
         out = model(pixel_values=((x - mean) / std).to(model.dtype), output_hidden_states=layer > 0, **options)
         h = out.hidden_states[layer] if layer > 0 else out.last_hidden_state
-        h = h[:, -patches ** 2:].float()                    # (B, patches^2, D): CLS and register tokens come first
-        if patches != grid:
-            h = h.mT.unflatten(2, (patches, patches))       # (B, D, rows, columns)
-            h = F.interpolate(h, (grid, grid), mode="bilinear", antialias=True).flatten(2).mT
+        h = h[:, -down * across:].float()                   # (B, down x across, D): CLS and register tokens come first
+        if (down, across) != (rows, cols):
+            h = h.mT.unflatten(2, (down, across))           # (B, D, down, across)
+            h = F.interpolate(h, (rows, cols), mode="bilinear", antialias=True).flatten(2).mT
         return h                                            # (B, N, D)
     features.dim = config.hidden_size
     return features
@@ -456,8 +460,9 @@ def newest_checkpoint(folder):
             yield found[step]
 
 
-def load(path, which="ema", device="cpu"):
-    """-> model in eval mode, its config, tokenize, encode (none with bpe). `path`: a run folder or one checkpoint of it."""
+def load(path, which="ema", device="cpu", elsewhere=None):
+    """-> model in eval mode, its config, tokenize, encode (none with bpe). `path`: a run folder, one checkpoint of it, or released
+    weights (see `released`). `elsewhere`: {dotted key of the config: where that frozen network is now}, none = as trained."""
     from safetensors.torch import load_file
 
     from model import Denoiser
@@ -466,20 +471,24 @@ def load(path, which="ema", device="cpu"):
         if wrong := damage(folder):
             fail(f"the checkpoint {folder} is damaged: {wrong}")
     else:
-        folder = next(newest_checkpoint(folder), None) or fail(f"no checkpoint in {path}: train first with python train.py")
-    c = configs.load(folder / "config.json")
+        folder = next(newest_checkpoint(folder), None)
+    if folder:
+        c, file = configs.load(folder / "config.json"), folder / f"{which}.safetensors"
+        if which == "ema" and not c.optim.ema:              # then there never was one
+            file = folder / "model.safetensors"
+        if not file.exists():
+            fail(f"{folder} has no {file.name}")
+        state = {key: value for key, value in load_file(file).items() if not key.startswith("align.")}      # REPA's projector
+    else:
+        file, (c, state) = path, released(path)
+    for key, value in (elsewhere or {}).items():
+        c = configs.override(c, key, value) if value else c
     if not c.text.dim and c.text.encoder != "bpe":
         c = replace(c, text=replace(c.text, dim=text_dim(c)))
     tokenize = tokenizer(c, bpe_load(folder / "bpe.tiktoken") if c.text.encoder == "bpe" else None)
-    if which == "ema" and not c.optim.ema:                  # then there never was one
-        which = "model"
-    file = folder / f"{which}.safetensors"
-    if not file.exists():
-        fail(f"{folder} has no {file.name}")
 
     fast = torch.device(device).type == "cuda" and c.train.precision != "fp32"
     model = Denoiser(c, dtype=torch.bfloat16 if fast else torch.float32)
-    state = {key: value for key, value in load_file(file).items() if not key.startswith("align.")}      # REPA's projector
     want = {key: value for key, value in model.state_dict().items() if not key.startswith("align.")}
     same_keys(state, want, f"{file} does not fit this version of the model")
     if wrong := [key for key in want if state[key].shape != want[key].shape]:
@@ -488,3 +497,74 @@ def load(path, which="ema", device="cpu"):
     model.load_state_dict(state, strict=False)
     encode = None if c.text.encoder == "bpe" else text_encoder(c, device)
     return model.to(device).eval(), c, tokenize, encode
+
+
+def released(path):
+    """-> config, our state dict, of somebody's released transformer in diffusers' layout: a hub id, or a folder that holds it or
+    has it in its sub-folder transformer/. Sizes are read off the tensors; what they cannot tell comes from the nearest recipe."""
+    from safetensors.torch import load_file
+    folder, name = Path(path), str(path)
+    if not folder.is_dir():
+        import huggingface_hub
+        if name.count("/") != 1 or folder.parent.is_dir() or name.startswith((".", "/", "~")):           # cannot be a hub id
+            fail(f"no checkpoint in {path}: train first with python train.py")
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
+        except Exception as error:                          # no network, no such model, gated, ...
+            fail(f"{name} is neither a folder nor a model that the hub gives: {' '.join(str(error).split())[:150]}")
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not re.search(r"\.(fp16|bf16)\b", file.name)]
+    if not files:
+        fail(f"no checkpoint in {path}: train first with python train.py")
+    try:
+        state = {key: value.float() for file in files for key, value in load_file(file).items() if not key.startswith("projectors.")}
+        told = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    except Exception as error:                              # safetensors' own, JSON's, ...
+        fail(f"{folder} cannot be read: {error}")
+    marks = {"final_layer.linear.weight": "prx", "adaln_single.linear.weight": "dit", "norm_out.linear.weight": "mmdit"}
+    kind = next((kind for key, kind in marks.items() if key in state), None) or fail(
+        f"{folder} holds no PRX, DiT or MMDiT: {', '.join(sorted(state)[:3])}, ...")
+    state = from_released(kind, state, str(folder))
+    base = configs.recipes[{"prx": "prx_512", "dit": "nitro_512", "mmdit": "nitro_1024_ft"}[kind]]
+    width, first = state["time_in.out_layer.weight"].shape[0], state["img_in.0.weight" if "img_in.0.weight" in state else "img_in.weight"]
+    patch, latent = told.get("patch_size", base.model.patch), base.latent
+    model = replace(
+        base.model, kind=kind, route=None, width=width, patch=patch, channels=len(state["final.linear.bias"]) // patch ** 2,
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")), dual=sum(key.endswith(".qkv2.weight") for key in state),
+        heads=width // len(state["blocks.0.q_norm"]) if kind != "dit" else told.get("num_attention_heads", base.model.heads),
+        mlp_ratio=state["blocks.0.mlp_in.weight"].shape[0] / width / (2 if kind == "prx" else 1),
+        bottleneck=len(first) if "img_in.0.weight" in state else 0,
+        size=told["sample_size"] * latent.factor if "sample_size" in told else base.model.size)
+    text = replace(base.text, dim=state["txt_in.0.weight" if kind == "dit" else "txt_in.weight"].shape[1], pad=kind == "mmdit")
+    return replace(base, name=f"{kind}_released", init="", model=model, text=text, align=configs.Align()), state
+
+
+def export(path, out, which="ema"):
+    """Write a checkpoint in the layout in which such models are released, so that others' pipelines load it: `out`/transformer and
+    `out`/scheduler. Text encoder, tokenizer and autoencoder are others' already."""
+    from safetensors.torch import save_file
+    model, c, _, _ = load(path, which)
+    m, folder, size = c.model, Path(out) / "transformer", c.model.size // c.latent.factor
+    common = {"in_channels": m.channels, "patch_size": m.patch}
+    stacked = dict(common, num_layers=m.depth, num_attention_heads=m.heads, attention_head_dim=m.width // m.heads, out_channels=m.channels,
+                   sample_size=size, caption_channels=c.text.dim, interpolation_scale=c.side / m.span if m.span else 1.0)
+    told = {
+        "prx": {"_class_name": "PRXTransformer2DModel", **common, "context_in_dim": c.text.dim, "hidden_size": m.width, "mlp_ratio": m.mlp_ratio,
+                "num_heads": m.heads, "depth": m.depth, "axes_dim": [m.width // m.heads // 2] * 2, "bottleneck_size": m.bottleneck or None},
+        "dit": {"_class_name": "NitroDiTModel", **stacked, "norm_type": "ada_norm_single", "cross_attention_dim": m.width},
+        "mmdit": {"_class_name": "NitroMMDiTModel", **stacked, "dual_attention_layers": list(range(m.dual)), "qk_norm": "rms_norm",
+                  "caption_projection_dim": m.width},
+    }[m.kind]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(to_released(m.kind, model.state_dict()), folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": c.flow.shift}
+    (Path(out) / "scheduler").mkdir(exist_ok=True)
+    (Path(out) / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
+        fail("usage: python pretrained.py export <checkpoint or run folder> <folder>")
+    export(*sys.argv[2:])
+    print(Path(sys.argv[3]) / "transformer")

@@ -21,12 +21,13 @@ from model import unpatchify
 # ------------------------------------------------------------------------------------------------------------------
 # Prompts -> pictures
 
-def generate(model, c, tokenize, encode, prompts, seeds, progress=None, size=None, batch=64):
+def generate(model, c, tokenize, encode, prompts, seeds, progress=None, size=None, batch=64, vae=None):
     """One picture for each (prompt, seed), by c.sample: uint8 (n, 3, size, size) on the CPU. At most `batch` at a time (twice
-    as many rows with guidance); `progress()` is called at each of the `calls` steps."""
+    as many rows with guidance); `progress()` is called at each of the `calls` steps. `vae` decodes the latents of a latent recipe."""
     images = []
     for i in range(0, len(prompts), batch):
-        x = draw(model, c, tokenize, encode, prompts[i:i + batch], seeds[i:i + batch], progress, size or c.model.size)
+        x = draw(model, c, tokenize, encode, prompts[i:i + batch], seeds[i:i + batch], progress, (size or c.model.size) // c.latent.factor)
+        x = vae.decode(x) if vae else x
         images.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(images)
 
@@ -39,14 +40,15 @@ def calls(c, n, batch=64):
 # Not inference_mode: the model keeps its table of angles, and one that is made there cannot be trained with afterwards.
 @torch.no_grad()
 def draw(model, c, tokenize, encode, prompts, seeds, progress, size):
-    """-> float pictures (B, 3, size, size), about in [-1, 1]."""
+    """-> float pictures (B, 3, size, size), about in [-1, 1], or latents (B, C, size, size)."""
     s, device, n = c.sample, next(model.parameters()).device, len(prompts)
     cfg = s.guide == "cfg" and s.guidance != 1
     ids, mask = tokenize([*prompts, ""] if cfg else list(prompts))
-    longest = int(mask.sum(1).max())                                                    # padding is on the right
+    longest = mask.shape[1] if c.text.pad else int(mask.sum(1).max())                   # padding is on the right
     ids, mask = ids[:, :longest].to(device), mask[:, :longest].to(device)               # (B or B + 1, L)
     kv = model.text_kv(ids if encode is None else encode(ids, mask), mask)              # once, not at every step
-    rows = lambda which: ([(k[which], v[which]) for k, v in kv], mask[which])
+    pick = lambda a, which: tuple(pick(b, which) for b in a) if isinstance(a, tuple) else a[which]
+    rows = lambda which: ([pick(a, which) for a in kv], mask[which])
     captions, both = rows(slice(n)), rows([*range(n), *[n] * n]) if cfg else None
     routers = [torch.Generator().manual_seed(~seed) for seed in seeds]                  # ~: other numbers than the noise's
 
@@ -123,7 +125,9 @@ def options(text):
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = configs.fail                             # one line, without the usage before it
     add = parser.add_argument
-    add("--checkpoint", help="run or checkpoint folder (default: the newest under runs/)")
+    add("--checkpoint", help="run or checkpoint folder, or released weights by hub id or folder (default: the newest under runs/)")
+    add("--text", help="hub id or folder of the text encoder (default: as trained)")
+    add("--vae", help="hub id or folder of the autoencoder (default: as trained)")
     add("--weights", default="ema", choices=("ema", "model"), help="their moving average, or the last (default: ema)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     for name, note in (("steps", "sampling steps"), ("guidance", "1 = none"), ("guide", "cfg or self"),
@@ -141,7 +145,7 @@ def newest():
 
 
 def open_checkpoint(args):
-    """-> its folder, model, config with the settings of the command line, tokenize, encode."""
+    """-> its folder, model, config with the settings of the command line, tokenize, encode, vae (none for pixels)."""
     try:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(args.device or found)
@@ -150,13 +154,13 @@ def open_checkpoint(args):
         configs.fail(f"--device={args.device} cannot be used: {str(error).splitlines()[0]}")
     path = Path(args.checkpoint) if args.checkpoint else newest()
     path = next(pretrained.newest_checkpoint(path), path)   # to say which it is
-    model, c, tokenize, encode = pretrained.load(path, args.weights, device)
+    model, c, tokenize, encode = pretrained.load(path, args.weights, device, {"text.encoder": args.text, "latent.vae": args.vae})
     for name in ("steps", "guidance", "guide", "sampler", "lo", "hi"):
         if (text := getattr(args, name)) is not None:
             c = configs.override(c, f"sample.{name}", text)
     if getattr(args, "size", None):
         c = configs.override(c, "model.size", args.size)
-    return path, model, configs.check(c), tokenize, encode
+    return path, model, configs.check(c), tokenize, encode, pretrained.VAE(c, device) if c.latent.vae else None
 
 
 def settings(c, path, args):
@@ -208,14 +212,14 @@ def main():
     with one_line("a smaller --batch or --size needs less"):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        path, model, c, tokenize, encode = open_checkpoint(args)
+        path, model, c, tokenize, encode, vae = open_checkpoint(args)
         made = settings(c, path, args)
         captions = [prompt for prompt in prompts for _ in range(args.n)]
         seeds = [args.seed + i for _ in prompts for i in range(args.n)]
         print(", ".join(f"{key} {value}" for key, value in made.items()))
         start = time.perf_counter()
         with tqdm(total=calls(c, len(seeds), args.batch), unit="step", disable=None) as bar:
-            images = generate(model, c, tokenize, encode, captions, seeds, bar.update, batch=args.batch)
+            images = generate(model, c, tokenize, encode, captions, seeds, bar.update, batch=args.batch, vae=vae)
         took = time.perf_counter() - start
         print(f"{len(seeds)} pictures, seeds {seeds[0]} to {seeds[-1]}, {took / len(seeds):.3g} seconds each")
         taken = set()

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -152,18 +153,18 @@ def resume(folder, c, model, ema, optimizer, device):
 
 
 def load_weights(path, model, say):
-    """--init: start from another run's weights. What does not fit the new recipe is dropped, and said. -> the checkpoint."""
+    """--init: start from another run's weights, or from released ones. What does not fit the new recipe is dropped, and said.
+    -> the checkpoint, none for released ones."""
     checkpoint = next(pretrained.newest_checkpoint(path), None)
-    if checkpoint is None:
-        fail(f"--init={path}: no checkpoint there")
-    theirs, ours = load_file(checkpoint / "model.safetensors"), model.state_dict()
+    theirs, ours = load_file(checkpoint / "model.safetensors") if checkpoint else pretrained.released(path)[1], model.state_dict()
     fits = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     wrong = [k for k in (*ours, *theirs) if k not in fits and not k.startswith("align.")]
     if wrong:
         fail(f"--init={path} is another model: {', '.join(wrong[:4])} do not fit")
     model.load_state_dict(fits, strict=False)
-    if dropped := sorted(set(theirs) - set(fits)):
-        say(f"from {checkpoint}: dropped the REPA head ({len(dropped)} tensors)")
+    dropped, new = sorted(set(theirs) - set(fits)), sorted(set(ours) - set(fits))
+    say(f"starting from {checkpoint or path}" + (f"; dropped its REPA head ({len(dropped)} tensors)" if dropped else "") +
+        (f"; the REPA head is new ({len(new)} tensors)" if new else ""))
     return checkpoint
 
 
@@ -175,29 +176,34 @@ def seed_of(*position):
     return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def losses(c, model, batch, null, encode, teacher, generator):
-    """Noise the images, run the model, compare. -> total loss, {name: part}, all on the device."""
-    x = batch["image"].float() / 127.5 - 1                                                                # (B, c, H, W)
-    ids, mask = batch["ids"], batch["mask"]                                                               # (B, L)
+def losses(c, model, batch, null, encode, teacher, generator, vae=None):
+    """Noise the images, run the model, compare. -> total loss, {name: part}, all on the device.
+
+    A batch has "image" or "latent"; "ids" or a frozen encoder's states, "text"; and may have the teacher's tokens, "teacher"."""
+    image = batch["image"].float() / 127.5 - 1 if "image" in batch else None                              # (B, 3, H, W)
+    x = batch["latent"].float() if "latent" in batch else vae.encode(image) if vae else image             # (B, c, h, w)
+    text, mask = batch.get("text", batch.get("ids")), batch["mask"]                                       # (B, L, D) or (B, L); (B, L)
     draw = dict(generator=generator, device=generator.device)
     t = flow.draw_t(len(x), c.flow.shift, c.flow.uniform, generator)                                      # (B,)
     eps = torch.randn(x.shape, **draw) * c.flow.noise
     drop = torch.rand(len(x), 1, **draw) < c.text.drop
-    width = ids.shape[1]
-    ids, mask = torch.where(drop, null[0][:, :width], ids), torch.where(drop, null[1][:, :width], mask)
+    width = mask.shape[1]
+    mask = torch.where(drop, null[1][:, :width], mask)
+    text = torch.where(drop if text.ndim == 2 else drop[..., None], null[0][:, :width].to(text.dtype), text)
+    text = encode(text, mask) if encode else text
     keep_ids = None
     if c.model.route:
         keep_ids = kernels.keep_tokens(len(x), (x.shape[2] // c.model.patch) * (x.shape[3] // c.model.patch), c.model.route.keep, generator)
 
     z = flow.interpolate(x, eps, t)
-    out, tapped = model(z, t, encode(ids, mask) if encode else ids, mask, keep_ids)                       # (B, N or K, c P P)
-    tokens = [patchify(image, c.model.patch) for image in (x, eps)]
+    out, tapped = model(z, t, text, mask, keep_ids, batch.get("slots"))                                   # (B, N or K, c P P)
+    tokens = [patchify(a, c.model.patch) for a in (x, eps)]
     if out.shape[1] < tokens[0].shape[1]:                                                                 # lazy masking: kept tokens only
         tokens = [kernels.gather_tokens(a, keep_ids) for a in tokens]
     loss = flow.loss(c.flow.prediction, out, *tokens, t).mean()
     parts = {"loss": loss.detach()}
-    if teacher:
-        target = teacher(x)                                                                               # (B, N, D)
+    if tapped is not None:
+        target = batch["teacher"] if "teacher" in batch else teacher(image)                               # (B, N, D)
         if tapped.shape[1] < target.shape[1]:
             target = kernels.gather_tokens(target, keep_ids)
         align = -torch.cosine_similarity(tapped, target.float(), dim=-1).mean()
@@ -315,15 +321,16 @@ def plot(rows, path):
     page.save(path)
 
 
-def look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device):
+def look(c, model, ema, tokenize, encode, vae, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
     net = (ema if c.optim.ema else model).eval()
-    result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
+    result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device, vae)
     if rank == 0:
         log.write(step, val_loss=result["loss"], val_bins=result["bins"])
-        prompts = c.sample.prompts.split("|") if c.sample.prompts else [captions[0] for captions in held_out.captions[:8]]
+        prompts = c.sample.prompts.split("|") if c.sample.prompts else [held_out.captions[i][0] for i in range(min(8, len(held_out)))]
         (folder / "samples").mkdir(exist_ok=True)
-        grid(generate(net, c, tokenize, encode, prompts, list(range(len(prompts)))), prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
+        images = generate(net, c, tokenize, encode, prompts, list(range(len(prompts))), vae=vae)
+        grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
         plot(log.rows(), folder / "loss.png")
     model.train()
     return result["loss"]
@@ -358,15 +365,37 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def build(c, device, weights=True):
-    """Everything that a step needs: the model, frozen networks, optimizer. Same weights on every rank, from the seed."""
+def frozen(c, device, weights=True):
+    """The networks that turn images and captions into what a step works on: encode, teacher, vae; none where not needed."""
     encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device, weights)
-    teacher = pretrained.teacher(c, device, weights) if c.align.teacher else None
+    return encode, pretrained.teacher(c, device, weights) if c.align.teacher else None, pretrained.VAE(c, device, weights) if c.latent.vae else None
+
+
+def build(c, device, align_dim):
+    """The model, its moving average, the optimizer. Same weights on every rank, from the seed."""
     torch.manual_seed(c.seed)
-    model = Denoiser(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
+    model = Denoiser(c, align_dim, compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.align = None
-    return model, ema, muon.build(model, c.optim), encode, teacher
+    return model, ema, muon.build(model, c.optim)
+
+
+def recalled(dataset, null, n):
+    """(tokenize, encode) of prepared data, whose text encoder is not here: they know the first n captions of the set, and ""."""
+    batch = data.finish(data.gather(dataset, [(i, 0) for i in range(n)]), dataset, None)
+    width = max(batch["text"].shape[1], null[0].shape[1])
+    states, masks = (torch.cat([F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1])) for a in pair])
+                     for pair in ((null[0].to(batch["text"].dtype), batch["text"]), (null[1], batch["mask"])))
+    row = {caption: i for i, caption in enumerate(["", *batch["caption"]])}
+    tokenize = lambda texts: (torch.tensor([[row[text]] * width for text in texts]), masks[[row[text] for text in texts]])
+    return tokenize, lambda ids, mask: states.to(ids.device)[ids[:, 0], :ids.shape[1]]
+
+
+def place(c, batch, null, device):
+    """A batch on the device; with a frozen text encoder, and where which tokens are real (or could be, by dropping the caption)."""
+    if c.text.encoder != "bpe" and not c.text.pad:
+        batch["slots"] = kernels.text_slots(batch["mask"] | null[1][:, :batch["mask"].shape[1]])
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
 
 
 def update_ema(c, model, ema, step):
@@ -388,7 +417,14 @@ def train(c):
         fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    model, ema, optimizer, encode, teacher = build(c, device)
+    null = getattr(dataset, "null", None)                                                                 # of prepared data: its states of ""
+    prepared = null is not None
+    if not prepared:
+        encode, teacher, vae = frozen(c, device)
+    else:
+        encode, teacher, vae = None, None, pretrained.VAE(c, device) if rank == 0 and c.latent.vae else None
+    align_dim = teacher.dim if teacher else data.teacher_dim(dataset, c) if prepared and c.align.teacher else 0
+    model, ema, optimizer = build(c, device, align_dim)
     step, source = resume(folder, c, model, ema, optimizer, device)
     if c.init and not step:
         source = load_weights(c.init, model, say)
@@ -397,21 +433,28 @@ def train(c):
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
             pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
-    tokenize = pretrained.tokenizer(c, bpe)
-    some = [captions[0] for captions in dataset.captions[:2000]]
-    if cut := int((tokenize(some)[1].sum(1) == c.text.length).sum()):
-        say(f"{cut} of the first {len(some)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
+    if prepared:
+        null = null[None], torch.ones(1, len(null), dtype=torch.bool)
+        tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
+            recalled(held_out, null, min(8, len(held_out)))
+    else:
+        tokenize, encode_prompts = pretrained.tokenizer(c, bpe), encode
+        null = tokenize([""])
+    null = tuple(F.pad(a, (0, 0) * (a.ndim - 2) + (0, max(0, c.text.length - a.shape[1]))) for a in null)       # as wide as any batch
+    here = tuple(a.to(device) for a in null)
+    lengths = next(data.fixed_batches(held_out, tokenize, 256, 256))["mask"].sum(1) if prepared else \
+        tokenize([dataset.captions[i][0] for i in range(min(2000, len(dataset)))])[1].sum(1)
+    if cut := int((lengths == c.text.length).sum()):
+        say(f"{cut} of {len(lengths)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
     steps = c.train.images // c.train.batch
     if step >= steps:
         say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
         return leave(world)
     compiled = compile_blocks(c, model, device)
     net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
-    null = tuple(a.to(device) for a in tokenize([""]))
-    if null[0].shape[1] < c.text.length:                                                                  # as wide as any batch
-        null = tuple(torch.nn.functional.pad(a, (0, c.text.length - a.shape[1])) for a in null)
     batches = data.batches(dataset, tokenize, c, step, rank, world)
-    cost, peak = flops(c, null[0].shape[1]), peak_flops(device, model.dtype)
+    real = c.text.length if c.text.encoder == "bpe" or c.text.pad else lengths.float().mean().item()
+    cost, peak = flops(c, real), peak_flops(device, model.dtype)
     stop = []                                                                                             # the names of signals received
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
@@ -428,10 +471,10 @@ def train(c):
         optimizer.zero_grad()
         mine = range(rank, micros, world)
         for micro in mine:
-            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+            batch = place(c, next(batches), null, device)
             generator = torch.Generator(device).manual_seed(seed_of(c.seed, step, micro))
             with net.no_sync() if world > 1 and micro != mine[-1] else nullcontext():                     # reduce once a step
-                loss, parts = losses(c, net, batch, null, encode, teacher, generator)
+                loss, parts = losses(c, net, batch, here, encode, teacher, generator, vae)
                 (loss / len(mine)).backward()
             total += torch.stack([parts["loss"], parts.get("align", parts["loss"] * 0)]) / len(mine)
         # update; a step whose gradient is not finite changes nothing, decided on the device
@@ -468,7 +511,7 @@ def train(c):
             total.zero_()
         if crossed(c.train.eval_every) or step == steps:
             with clock.stopped():
-                loss = look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device)
+                loss = look(c, model, ema, tokenize, encode_prompts, vae, held_out, folder, step, log, rank, world, device)
                 say(f"image {step * c.train.batch:,}: validation loss {loss:.4f}")
         if crossed(c.train.save_every) or step == steps or stopping:
             with clock.stopped():
@@ -504,19 +547,27 @@ def bench(c, repeats=20):
             return result
         return run
 
-    model, ema, optimizer, encode, teacher = build(c, device, weights=False)
+    prepared = c.latent.vae and c.data.source != "emoji"                                                  # latents and states come from shards
+    encode, teacher, vae = (None, None, None) if prepared else frozen(c, device, weights=False)
+    align_dim = pretrained.teacher_dim(c, weights=False) if c.align.teacher else 0
+    model, ema, optimizer = build(c, device, align_dim)
     compiled = compile_blocks(c, model, device)
     model.train()
     real = torch.randint(length // 4, length // 2 + 1, (size, 1))                                         # captions of ordinary length
-    host = {"image": torch.randint(0, 256, (size, c.model.channels, c.model.size, c.model.size), dtype=torch.uint8),
+    host = {"image": torch.randint(0, 256, (size, 3, c.model.size, c.model.size), dtype=torch.uint8),
             "ids": torch.randint(0, 256, (size, length)), "mask": torch.arange(length) < real}
-    null = tuple(a.to(device) for a in (torch.zeros(1, length, dtype=torch.int64), torch.arange(length)[None] < 1))
-    to_device = lambda: {k: v.to(device) for k, v in host.items()}
+    null = torch.zeros(1, length, dtype=torch.int64), torch.arange(length)[None] < 1
+    if prepared:
+        side = c.model.size // c.latent.factor
+        host = {"latent": torch.randn(size, c.model.channels, side, side), "text": torch.randn(size, length, c.text.dim).bfloat16(), "mask": host["mask"]}
+        host |= {"teacher": torch.randn(size, c.side ** 2, align_dim).bfloat16()} if align_dim else {}
+        null = host["text"][:1].clone(), null[1]
+    here = tuple(a.to(device) for a in null)
 
     def step(number, clock=lambda part, function: function):
-        batch = clock("data", to_device)()
+        batch = clock("data", place)(c, dict(host), null, device)
         generator = torch.Generator(device).manual_seed(number)
-        loss, _ = clock("forward", losses)(c, model, batch, null, encode and clock("text", encode), teacher and clock("teacher", teacher), generator)
+        loss, _ = clock("forward", losses)(c, model, batch, here, encode and clock("text", encode), teacher and clock("teacher", teacher), generator, vae)
         clock("backward", loss.backward)()
         clock("optimizer", update)()
 
@@ -543,9 +594,10 @@ def bench(c, repeats=20):
     parts = {part: 1000 * sorted(values)[len(values) // 2] for part, values in spent.items()}
     parts["forward"] -= parts.get("text", 0) + parts.get("teacher", 0)
     parts["ema"] /= c.optim.ema_every
+    cost = 3 * flops(c, length if c.text.encoder == "bpe" or c.text.pad else real.float().mean().item())
     row = {"recipe": c.name, **provenance(device), "dtype": str(model.dtype)[6:], "compiled": compiled, "micro_batch": size, "repeats": repeats,
            "img_s": size / seconds, "ms": 1000 * seconds, "ms_min": 1000 * min(whole), "ms_max": 1000 * max(whole), **{f"ms_{k}": v for k, v in parts.items()},
-           "mfu": 3 * flops(c, length) * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
+           "mfu": cost * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
     print(f"\n{c.name}: {row['device']}, torch {row['torch']}, {row['dtype']}, {'compiled' if compiled else 'eager'}, micro-batch {size}")
     for part in ("data", "text", "teacher", "forward", "backward", "optimizer", "ema"):
         if part in parts:

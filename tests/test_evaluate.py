@@ -149,7 +149,7 @@ def test_retrieval_samples_each_caption_once_from_a_seed_of_its_own(emoji, tiny,
     train, val = emoji
     asked = []
 
-    def perfect(model, c, tokenize, encode, prompts, seeds, progress):
+    def perfect(model, c, tokenize, encode, prompts, seeds, progress, vae=None):
         asked.extend(zip(prompts, seeds))
         pair_of = {train.caption(e, b): (e, b) for e, b in train.pairs + val.pairs}
         return renderings(train, [pair_of[p] for p in prompts])

@@ -524,7 +524,7 @@ def test_init_reads_the_other_run_once_and_keeps_its_vocabulary(tmp_path):
     first.rename(tmp_path / "gone")
     run(second, *args, "--train.images=48")                                                               # resumes without it
     assert newest(second).name == "step_00000006"
-    with pytest.raises(SystemExit, match="no checkpoint there"):
+    with pytest.raises(SystemExit, match="no checkpoint in"):
         run(tmp_path / "third", *args)
     for changed in (["--model.width=64"], ["--model.depth=3"], ["--model.patch=8"]):
         with pytest.raises(SystemExit) as end:

@@ -293,6 +293,16 @@ def test_teachers_see_where(folder, kind):
         assert (h[1:] - h[0]).norm(dim=-1).argmax(1).tolist() == list(range(16)), (kind, layer, size)
 
 
+def test_teacher_follows_the_shape_of_the_image(folder):
+    """An aspect-ratio bucket: 16 x 64 pixels are 2 x 8 tokens of 8, of which the teacher, too, makes 2 x 8."""
+    features = pretrained.teacher(align(folder(vision_models()["dinov2"], own=False)), "cpu")
+    image = torch.full((1, 3, 16, 64), -0.5)
+    other = image.clone()
+    other[:, :, 8:, 40:48] = 1
+    h = features(torch.cat([image, other]))
+    assert h.shape == (2, 16, 32) and (h[1] - h[0]).norm(dim=-1).argmax() == 8 + 5
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "registers", "dinov3", "siglip", "clip", "vit"])
 def test_teacher_layers_and_pixels(folder, kind):
     """Every layer equals the whole model's, fed with pixels normalised by hand."""
@@ -300,6 +310,7 @@ def test_teacher_layers_and_pixels(folder, kind):
     path = folder(model, own=False)
     side = model.config.patch_size * grid
     image = torch.rand(2, 3, side, side) * 2 - 1            # the teacher's own size, so that nothing is resized
+    at = lambda **kw: replace(align(path, **kw), model=replace(BASE.model, size=side, patch=side // grid))
     mean, std = {"siglip": ([0.5] * 3, [0.5] * 3),
                  "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])}.get(
         kind, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -313,14 +324,14 @@ def test_teacher_layers_and_pixels(folder, kind):
 
     want = expected(mean, std)
     for layer in (-1, 1, 2, 3):
-        got = pretrained.teacher(align(path, layer=layer), "cpu")(image)
+        got = pretrained.teacher(at(layer=layer), "cpu")(image)
         assert (got - want[layer][:, -16:]).abs().max() < 1e-5
     if kind != "clip":
         assert (want[3] - want[-1]).abs().max() > 1e-2      # -1 has the final norm, the last layer has not
-    one_line(lambda: pretrained.teacher(align(path, layer=4), "cpu"), "align.layer 4", "1..3")
-    one_line(lambda: pretrained.teacher(align(path, size=side + 1), "cpu"), f"align.size {side + 1}")
+    one_line(lambda: pretrained.teacher(at(layer=4), "cpu"), "align.layer 4", "1..3")
+    one_line(lambda: pretrained.teacher(at(size=side + 1), "cpu"), f"align.size {side + 1}")
     (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
-    got = pretrained.teacher(align(path), "cpu")(image)
+    got = pretrained.teacher(at(), "cpu")(image)
     assert (got - expected([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])[-1][:, -16:]).abs().max() < 1e-5
 
 
