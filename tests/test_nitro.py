@@ -263,3 +263,87 @@ def test_released_names_round_trip_and_account_for_every_key(c):
                          ({k: v for k, v in theirs.items() if k != "transformer_blocks.1.attn2.to_k.weight"}, "blocks.1.")):
         with pytest.raises(SystemExit, match=name):
             pretrained.from_released(c.model.kind, broken, "weights")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Whole: train on the latents of a tiny autoencoder, sample, export, start from what was exported
+
+TINY = ["--data.subset=food", "--model.size=32", "--latent.factor=4", "--model.channels=4", "--model.patch=1", "--model.width=32", "--model.heads=2",
+        "--text.encoder=bpe", "--text.vocab=400", "--text.length=12", "--text.dim=0", "--data.source=emoji", "--data.workers=0", "--align.teacher=", "--train.batch=8",
+        "--train.micro_batch=4", "--train.images=32", "--train.eval_every=0", "--train.val_images=8", "--train.log_every=2", "--train.compile=no",
+        "--train.precision=fp32", "--sample.steps=2", "--optim.warmup=16", "--sample.prompts=red apple|hamburger"]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    from diffusers import AutoencoderDC
+    torch.manual_seed(0)
+    kinds = dict(encoder_block_types=("ResBlock",) * 3, decoder_block_types=("ResBlock",) * 3, encoder_block_out_channels=(8, 8, 16),
+                 decoder_block_out_channels=(8, 8, 16), encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
+                 encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()))
+    folder = tmp_path_factory.mktemp("dcae")
+    AutoencoderDC(latent_channels=4, scaling_factor=0.7, **kinds).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe, depth", [("nitro_512", 5), ("nitro_1024", 5)])
+def test_a_latent_recipe_trains_samples_and_travels(recipe, depth, autoencoder, tmp_path, monkeypatch, capsys):
+    import json
+
+    import sample
+    import train
+    out = tmp_path / "run"
+    shape = [f"--config={recipe}", f"--vae={autoencoder}", f"--model.depth={depth}", "--model.dual=2", *TINY]
+    train.main([*shape, f"--out={out}"])
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["images"] == 32 and any("val_loss" in row for row in rows) and list((out / "samples").glob("*.png"))
+    # pictures are the decoded latents: what sample.py writes is what generate and the autoencoder give by hand
+    monkeypatch.setattr("sys.argv", ["sample.py", "red apple", f"--checkpoint={out}", f"--out={tmp_path / 'png'}", "--n=1"])
+    sample.main()
+    model, c, tokenize, encode = pretrained.load(out)
+    latent = sample.draw(model, c, tokenize, encode, ["red apple"], [0], None, 8)
+    assert latent.shape == (1, 4, 8, 8)
+    image = pretrained.VAE(c, "cpu").decode(latent)
+    from PIL import Image
+    import numpy as np
+    written = torch.from_numpy(np.array(Image.open(tmp_path / "png" / "red-apple-0.png")))
+    assert torch.equal(written.permute(2, 0, 1), ((image[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    # the next stage starts from these weights, at another resolution
+    train.main([*[a for a in shape if "size" not in a], "--model.size=64", f"--init={out}", f"--out={tmp_path / 'next'}", "--train.images=8"])
+    assert "starting from" in capsys.readouterr().out
+
+
+def test_released_weights_come_in_and_ours_go_out(autoencoder, tmp_path, capsys):
+    """A folder in AMD's layout loads by path for sampling and for training; exporting gives the same file back, bit for bit."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+    for c, recipe in ((DIT, "nitro_512"), (MMDIT, "nitro_1024")):
+        theirs = tmp_path / recipe
+        (theirs / "transformer").mkdir(parents=True)
+        state = {k: v.detach().clone() for k, v in reference(c, torch.float32)[1].items()}
+        save_file({**state, "projectors.0.0.weight": torch.zeros(2, 2)}, theirs / "transformer" / "diffusion_pytorch_model.safetensors")
+        (theirs / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": 2, "patch_size": 1, "sample_size": 4}))
+        found, ours = pretrained.released(theirs)
+        want = replace(c.model, route=None)
+        assert found.model == want and found.text.dim == 24 and found.text.pad == (recipe == "nitro_1024")
+        model = Denoiser(found)
+        model.load_state_dict(ours)
+        # training from it, in a recipe of its shape
+        import train
+        fresh, said = Denoiser(c, align_dim=8), []
+        assert train.load_weights(theirs, fresh, said.append) is None and "REPA head is new (6 tensors)" in said[0]
+        assert all(torch.equal(p, ours[n]) for n, p in fresh.state_dict().items() if not n.startswith("align."))
+        with pytest.raises(SystemExit, match="is another model"):
+            train.load_weights(theirs, Denoiser(replace(c, model=replace(c.model, depth=5))), said.append)
+        # out again: as a checkpoint of ours, then exported
+        checkpoint = tmp_path / f"{recipe}_ours"
+        checkpoint.mkdir()
+        configs.save(replace(c, text=replace(c.text, encoder="bpe", width=24, heads=2, dim=0)), checkpoint / "config.json")
+        own = Denoiser(configs.load(checkpoint / "config.json"))
+        own.load_state_dict(ours, strict=False)
+        save_file({k: v for k, v in own.state_dict().items()}, checkpoint / "model.safetensors")
+        with pytest.raises(SystemExit, match="text"):                            # an own text transformer has no place there
+            pretrained.to_released(c.model.kind, own.state_dict())
+        assert pretrained.to_released(c.model.kind, ours).keys() == state.keys()
+        assert all(torch.equal(v, state[k]) for k, v in pretrained.to_released(c.model.kind, ours).items())

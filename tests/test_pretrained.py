@@ -428,6 +428,51 @@ def test_prx_names_round_trip(bottleneck):
     one_line(lambda: to({**ours, "text.embed.weight": gate}), "text.embed.weight")
 
 
+def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tmp_path, monkeypatch):
+    """pretrained.py export, then diffusers' own PRXPixelPipeline from what it wrote, against sample.generate: the same picture, at
+    the same noise levels (its scheduler would stop at 1/1000), with guidance."""
+    import diffusers
+    import transformers
+
+    import sample
+    encoder = folder(text_models()["t5_encoder"][0], pad_token="<pad>")
+    c = replace(BASE, text=replace(BASE.text, encoder=str(encoder), dim=16, length=12), flow=configs.Flow(noise=2.0),
+                sample=configs.Sample(steps=6, guidance=3.0, sampler="euler"), optim=replace(BASE.optim, ema=0.0))
+    write(tmp_path / "step_00000001", 0, c)
+    torch.manual_seed(1)
+    model = Denoiser(c)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else 1 / p.shape[-1] ** 0.5))
+    save_file(model.state_dict(), tmp_path / "step_00000001" / "model.safetensors")
+    (tmp_path / "step_00000001" / "sums.json").unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "pretrained.py", "export", tmp_path, tmp_path / "out"], cwd=Path(pretrained.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "transformer" in done.stdout, done.stderr
+    theirs = diffusers.PRXTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    model, c, tokenize, encode = pretrained.load(tmp_path, "model")
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in pretrained.to_released("prx", model.state_dict()).items())
+    assert diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.shift == c.flow.shift == 3
+    pipeline = diffusers.PRXPixelPipeline(                  # shift 1: the noise levels that it is given are shifted already
+        theirs, diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler", shift=1.0),
+        transformers.T5EncoderModel.from_pretrained(encoder), transformers.AutoTokenizer.from_pretrained(encoder), default_sample_size=32, prompt_max_tokens=12)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("diffusers.pipelines.prx.pipeline_prx_pixel._basic_clean", lambda text: text)    # wants ftfy, mends mojibake
+    import flow
+    noise = c.flow.noise * flow.noise([5], (3, 32, 32))
+    with torch.no_grad():
+        picture = pipeline("red apple", timesteps=[1000 * t for t in flow.sigmas(6, 3.0)[:-1]], guidance_scale=3.0, latents=noise.clone(), output_type="pt",
+                           use_resolution_binning=False, height=32, width=32).images
+    ours = sample.draw(model, c, tokenize, encode, ["red apple"], [5], None, 32)
+    assert ours.std() > 0.3 and (ours - picture).abs().max() < 1e-3 * ours.abs().max()
+    # and diffusers' folder is a checkpoint for ours: by path, as a hub id would be
+    found, state = pretrained.released(tmp_path / "out")
+    assert found.model.heads == c.model.heads and found.model.bottleneck == c.model.bottleneck and found.text.dim == 16
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    one_line(lambda: pretrained.released("no-one/nothing"), "no-one/nothing", "hub")
+    one_line(lambda: pretrained.released(tmp_path / "nothing"), "no checkpoint in")
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Our checkpoints
 
