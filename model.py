@@ -276,9 +276,9 @@ class Denoiser(nn.Module):
             zero = [*(part for block in self.blocks for part in block.zero()), self.modulation, *self.final.children(), self.final.table]
             for p in (p for part in zero if part is not None for p in (part.parameters() if isinstance(part, nn.Module) else [part])):
                 nn.init.zeros_(p)
-        # The REPA projector (Yu et al. 2024): fp32, thrown away after training.
-        self.align = nn.Sequential(nn.Linear(width, c.align.hidden), nn.SiLU(), nn.Linear(c.align.hidden, c.align.hidden),
-                                   nn.SiLU(), nn.Linear(c.align.hidden, align_dim)) if align_dim else None
+        # The projector of REPA (Yu et al. 2024) or iREPA (arXiv 2512.10794): fp32, thrown away after training.
+        self.align = None if not align_dim else nn.Conv2d(width, align_dim, 3, padding=1) if c.align.conv else nn.Sequential(
+            nn.Linear(width, c.align.hidden), nn.SiLU(), nn.Linear(c.align.hidden, c.align.hidden), nn.SiLU(), nn.Linear(c.align.hidden, align_dim))
 
     def positions(self, rows, cols, device):
         """Of the grid, made once: RoPE angles (N, D / 2, 2) fp32 or none, and what is added to the tokens, (N, C) or 0.
@@ -301,6 +301,17 @@ class Denoiser(nn.Module):
         MMDiT, whose text changes from block to block, only `read`."""
         text = self.read(text, mask)
         return [text] if hasattr(self.blocks[0], "txt_qkv") else [block.text_kv(text) for block in self.blocks]
+
+    def project(self, x, keep_ids, rows, cols):
+        """The REPA head on tokens x (B, N or K, C). For a convolution, kept tokens lie on their places in a grid of zeros."""
+        x = x.float()
+        if not isinstance(self.align, nn.Conv2d):
+            return self.align(x)
+        routed = x.shape[1] < rows * cols
+        if routed:
+            x = scatter_tokens(x.new_zeros(len(x), rows * cols, x.shape[2]), x, keep_ids)                 # (B, N, C)
+        x = self.align(x.mT.unflatten(2, (rows, cols))).flatten(2).mT                                     # (B, N, D of the teacher)
+        return gather_tokens(x, keep_ids) if routed else x
 
     def forward(self, z, t, text, mask, keep_ids=None, slots=None):
         """z (B, c, H, W) noisy image, t (B,) in [0, 1], text: token ids (B, L), states (B, L, .) or what `text_kv` returned,
@@ -327,7 +338,7 @@ class Denoiser(nn.Module):
                 x = block(x, vec, text, mask, now, slots)
             x, text = x if isinstance(x, tuple) else (x, text)
             if i == self.tap and self.align:
-                tapped = self.align(x.float())
+                tapped = self.project(x, keep_ids, rows, cols)
             if keep_ids is not None and i == self.route.end:                                              # never, if end is None
                 x, now = scatter_tokens(full, x, keep_ids), table                                         # (B, N, C)
         return self.final(x, time).to(torch.promote_types(x.dtype, torch.float32)), tapped

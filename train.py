@@ -45,7 +45,7 @@ import kernels
 import muon
 import pretrained
 from configs import fail
-from model import Denoiser, count, flops, patchify
+from model import Denoiser, count, flops, patchify, unpatchify
 from sample import generate, grid
 
 
@@ -171,13 +171,16 @@ def load_weights(path, model, say):
 # ------------------------------------------------------------------------------------------------------------------
 # One micro-batch
 
+PARTS = ("loss", "align", "lpips", "dino", "effnet")                                                      # what `losses` may return, as logged
+
+
 def seed_of(*position):
     """A 63-bit seed that is a function of (seed, step, micro-batch number): no state, so resuming needs none."""
     return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def losses(c, model, batch, null, encode, teacher, generator, vae=None):
-    """Noise the images, run the model, compare. -> total loss, {name: part}, all on the device.
+def losses(c, model, batch, null, encode, teacher, generator, vae=None, perceptual=None):
+    """Noise the images, run the model, compare. -> total loss, {name: part, unweighted}, all on the device.
 
     A batch has "image" or "latent"; "ids" or a frozen encoder's states, "text"; and may have the teacher's tokens, "teacher"."""
     image = batch["image"].float() / 127.5 - 1 if "image" in batch else None                              # (B, 3, H, W)
@@ -202,12 +205,20 @@ def losses(c, model, batch, null, encode, teacher, generator, vae=None):
         tokens = [kernels.gather_tokens(a, keep_ids) for a in tokens]
     loss = flow.loss(c.flow.prediction, out, *tokens, t).mean()
     parts = {"loss": loss.detach()}
-    if tapped is not None:
+    if tapped is not None and c.align.weight:
         target = batch["teacher"] if "teacher" in batch else teacher(image)                               # (B, N, D)
+        if c.align.norm:                                                                                  # iREPA; before the gather: of all positions
+            target = (target - c.align.norm * target.mean(1, keepdim=True)) / (target.std(1, keepdim=True) + 1e-6)
         if tapped.shape[1] < target.shape[1]:
             target = kernels.gather_tokens(target, keep_ids)
         align = -torch.cosine_similarity(tapped, target.float(), dim=-1).mean()
         loss, parts["align"] = loss + c.align.weight * align, align.detach()
+    elif tapped is not None:                                                                              # after align.until
+        loss = loss + 0 * tapped.mean()                                                                   # DDP waits for a gradient of every parameter
+    if perceptual:
+        x_hat = flow.to_x(c.flow.prediction, unpatchify(out, c.model.patch, *x.shape[2:]), z, t)          # (B, 3, H, W)
+        for name, distance in perceptual(x_hat, x).items():
+            loss, parts[name] = loss + getattr(c.perceptual, name + "_weight") * distance, distance.detach()
     return loss, parts
 
 
@@ -424,6 +435,7 @@ def train(c):
     else:
         encode, teacher, vae = None, None, pretrained.VAE(c, device) if rank == 0 and c.latent.vae else None
     align_dim = teacher.dim if teacher else data.teacher_dim(dataset, c) if prepared and c.align.teacher else 0
+    perceptual = pretrained.perceptual(c, device)
     model, ema, optimizer = build(c, device, align_dim)
     step, source = resume(folder, c, model, ema, optimizer, device)
     if c.init and not step:
@@ -454,7 +466,7 @@ def train(c):
     net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     batches = data.batches(dataset, tokenize, c, step, rank, world)
     real = c.text.length if c.text.encoder == "bpe" or c.text.pad else lengths.float().mean().item()
-    cost, peak = flops(c, real), peak_flops(device, model.dtype)
+    cost, peak = lambda c: flops(c, real), peak_flops(device, model.dtype)
     stop = []                                                                                             # the names of signals received
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
@@ -463,20 +475,23 @@ def train(c):
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
     bar = tqdm(total=steps * c.train.batch, initial=step * c.train.batch, unit="img", disable=rank > 0, smoothing=0.05, dynamic_ncols=True)
-    total, since, bad, late, clock = torch.zeros(2, device=device), step, 0, Late(2), Clock(60 * log.minutes)
+    total, since, bad, late, clock = torch.zeros(len(PARTS), device=device), step, 0, Late(2), Clock(60 * log.minutes)
+    over = lambda images: 0 < images <= step * c.train.batch
     crossed = lambda every: every and step * c.train.batch // every > (step - 1) * c.train.batch // every
     model.train()
     while step < steps:
         # forward, backward
+        now = replace(c, model=replace(c.model, route=None)) if over(c.model.dense_after) else c
+        now = replace(now, align=replace(c.align, weight=0.0)) if over(c.align.until) else now
         optimizer.zero_grad()
         mine = range(rank, micros, world)
         for micro in mine:
             batch = place(c, next(batches), null, device)
             generator = torch.Generator(device).manual_seed(seed_of(c.seed, step, micro))
             with net.no_sync() if world > 1 and micro != mine[-1] else nullcontext():                     # reduce once a step
-                loss, parts = losses(c, net, batch, here, encode, teacher, generator, vae)
+                loss, parts = losses(now, net, batch, here, encode, teacher, generator, vae, perceptual)
                 (loss / len(mine)).backward()
-            total += torch.stack([parts["loss"], parts.get("align", parts["loss"] * 0)]) / len(mine)
+            total += torch.stack([parts.get(name, parts["loss"] * 0) for name in PARTS]) / len(mine)
         # update; a step whose gradient is not finite changes nothing, decided on the device
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule(c, step * c.train.batch)
@@ -502,11 +517,11 @@ def train(c):
         if step % c.train.log_every == 0 or step == steps:
             if world > 1:
                 dist.all_reduce(total)
-            loss, align = (total / (step - since) / world).tolist()
+            means = dict(zip(PARTS, (total / (step - since) / world).tolist()))
             rate = (step - since) * c.train.batch / clock.lap()
-            log.write(step, loss=loss, align=align, norm=norm.item(), lr=optimizer.param_groups[0]["lr"], img_s=rate, minutes=clock.total() / 60,
-                      mfu=3 * cost * rate / world / peak, gib=peak_memory(device), bad=bad)
-            bar.set_postfix(loss=f"{loss:.4f}", mfu=f"{3 * cost * rate / world / peak:.0%}")
+            log.write(step, **{k: v for k, v in means.items() if k in (*parts, "align")}, norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
+                      img_s=rate, minutes=clock.total() / 60, mfu=3 * cost(now) * rate / world / peak, gib=peak_memory(device), bad=bad)
+            bar.set_postfix(loss=f"{means['loss']:.4f}", mfu=f"{3 * cost(now) * rate / world / peak:.0%}")
             since = step
             total.zero_()
         if crossed(c.train.eval_every) or step == steps:
@@ -550,6 +565,7 @@ def bench(c, repeats=20):
     prepared = c.latent.vae and c.data.source != "emoji"                                                  # latents and states come from shards
     encode, teacher, vae = (None, None, None) if prepared else frozen(c, device, weights=False)
     align_dim = pretrained.teacher_dim(c, weights=False) if c.align.teacher else 0
+    perceptual = pretrained.perceptual(c, device, weights=False)
     model, ema, optimizer = build(c, device, align_dim)
     compiled = compile_blocks(c, model, device)
     model.train()
@@ -567,7 +583,8 @@ def bench(c, repeats=20):
     def step(number, clock=lambda part, function: function):
         batch = clock("data", place)(c, dict(host), null, device)
         generator = torch.Generator(device).manual_seed(number)
-        loss, _ = clock("forward", losses)(c, model, batch, here, encode and clock("text", encode), teacher and clock("teacher", teacher), generator, vae)
+        loss, _ = clock("forward", losses)(c, model, batch, here, encode and clock("text", encode), teacher and clock("teacher", teacher), generator, vae,
+                                           perceptual and clock("perceptual", perceptual))
         clock("backward", loss.backward)()
         clock("optimizer", update)()
 
@@ -592,14 +609,14 @@ def bench(c, repeats=20):
         timed("ema", update_ema)(c, model, ema, 1)
     seconds = sorted(whole)[len(whole) // 2]
     parts = {part: 1000 * sorted(values)[len(values) // 2] for part, values in spent.items()}
-    parts["forward"] -= parts.get("text", 0) + parts.get("teacher", 0)
+    parts["forward"] -= sum(parts.get(inner, 0) for inner in ("text", "teacher", "perceptual"))           # the last with its own backward
     parts["ema"] /= c.optim.ema_every
     cost = 3 * flops(c, length if c.text.encoder == "bpe" or c.text.pad else real.float().mean().item())
     row = {"recipe": c.name, **provenance(device), "dtype": str(model.dtype)[6:], "compiled": compiled, "micro_batch": size, "repeats": repeats,
            "img_s": size / seconds, "ms": 1000 * seconds, "ms_min": 1000 * min(whole), "ms_max": 1000 * max(whole), **{f"ms_{k}": v for k, v in parts.items()},
            "mfu": cost * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
     print(f"\n{c.name}: {row['device']}, torch {row['torch']}, {row['dtype']}, {'compiled' if compiled else 'eager'}, micro-batch {size}")
-    for part in ("data", "text", "teacher", "forward", "backward", "optimizer", "ema"):
+    for part in ("data", "text", "teacher", "perceptual", "forward", "backward", "optimizer", "ema"):
         if part in parts:
             print(f"  {part:10} {parts[part]:9.1f} ms {parts[part] / row['ms']:7.0%}")
     print(f"  {'step':10} {row['ms']:9.1f} ms (median of {repeats}; {row['ms_min']:.1f} to {row['ms_max']:.1f})   "

@@ -269,8 +269,9 @@ def test_released_names_round_trip_and_account_for_every_key(c):
 # Whole: train on the latents of a tiny autoencoder, sample, export, start from what was exported
 
 TINY = ["--data.subset=food", "--model.size=32", "--latent.factor=4", "--model.channels=4", "--model.patch=1", "--model.width=32", "--model.heads=2",
-        "--text.encoder=bpe", "--text.vocab=400", "--text.length=12", "--text.dim=0", "--data.source=emoji", "--data.workers=0", "--align.teacher=", "--train.batch=8",
-        "--train.micro_batch=4", "--train.images=32", "--train.eval_every=0", "--train.val_images=8", "--train.log_every=2", "--train.compile=no",
+        "--text.encoder=bpe", "--text.vocab=400", "--text.length=12", "--text.dim=0", "--data.source=emoji", "--data.workers=0", "--align.teacher=",
+        "--train.batch=8", "--train.micro_batch=4", "--train.images=32", "--train.eval_every=0", "--train.val_images=8", "--train.log_every=2",
+        "--train.compile=no",
         "--train.precision=fp32", "--sample.steps=2", "--optim.warmup=16", "--sample.prompts=red apple|hamburger"]
 
 
@@ -317,7 +318,7 @@ def test_released_weights_come_in_and_ours_go_out(autoencoder, tmp_path, capsys)
     """A folder in AMD's layout loads by path for sampling and for training; exporting gives the same file back, bit for bit."""
     import json
 
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     for c, recipe in ((DIT, "nitro_512"), (MMDIT, "nitro_1024")):
         theirs = tmp_path / recipe
         (theirs / "transformer").mkdir(parents=True)
