@@ -23,7 +23,9 @@ import configs, data
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 FAST = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 WIDTHS = (16, 48, 96, 192)                                  # at the full size, at a half, at a quarter and at an eighth of it
-NOISE = 0.1                                                 # added to the latents, in their standard deviations: the decoder learns to forgive
+BATCH = 8                                                   # small: in minutes, steps are worth more than their precision
+NOISE, PRIOR = 0.1, 0.01                                    # of the latents: added, so that the decoder forgives; weight of their square, so that
+                                                            # noise is not outgrown: large ones would also drown the decoder's residual blocks
 
 
 def autoencoder(channels):
@@ -40,7 +42,7 @@ def pictures(c, most=4000):
 
 
 def varied(x):
-    """In other colours, mirrored, shifted: few pictures must teach it many. x: float (B, 3, H, W) in [-1, 1]"""
+    """Half in other colours, mirrored, shifted: few pictures must teach it many. x: float (B, 3, H, W) in [-1, 1]"""
     gain = torch.empty(len(x), 1, 1, 1).uniform_(0.5, 1)
     x = gain * x + (1 - gain) * torch.empty(len(x), 3, 1, 1).uniform_(-1, 1)
     x = x[:, torch.randperm(3)] * (1 if torch.rand(()) < 0.5 else -1)
@@ -51,13 +53,13 @@ def main(out, minutes, c):
     torch.manual_seed(c.seed)
     train, val = pictures(c)
     model = autoencoder(c.model.channels).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     begin, seen, error = time.time(), 0, None
     with tqdm(total=round(60 * minutes), desc="autoencoder", unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s{postfix}") as bar:
         while (done := (time.time() - begin) / (60 * minutes)) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = LR * min(1, seen / 2000, 2 * (1 - done))                    # the second half falls to zero
-            x = varied(train[torch.randint(len(train), (B,))] / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+                group["lr"] = 3e-3 * min(1, seen / 1000, 2 * (1 - done))                   # the second half falls to zero
+            x = varied(train[torch.randint(len(train), (BATCH,))] / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=FAST):
                 latent = model.encode(x).latent
                 y = model.decode(latent + NOISE * torch.randn_like(latent)).sample
