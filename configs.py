@@ -215,6 +215,19 @@ debug = Config(
     sample=Sample(steps=4),
 )
 
+nitro_debug = Config(
+    # python tests/make_dcae.py out/dcae && python train.py --config=nitro_debug
+    # 2 CPU cores: an autoencoder in four minutes, then ten by design. The Nitro-T recipe, small, with no hub. Not run yet.
+    name="nitro_debug",
+    latent=Latent(vae="out/dcae", factor=8),
+    text=Text(length=12, width=192, depth=1, heads=3),
+    model=Model(kind="dit", size=64, channels=16, patch=1, width=192, depth=6, heads=4, mlp_ratio=4.0, span=8.0, route=Route(2, None, 0.5)),
+    flow=Flow(prediction="v", shift=3.0),
+    optim=Optim(lr=2e-3, adam_lr=2e-3, warmup=3_000, cooldown=0.3),
+    train=Train(images=102_400, batch=64, micro_batch=64, eval_every=12_800, save_every=25_600),
+    sample=Sample(guidance=1.5, prompts=emoji.sample.prompts),
+)
+
 prx_512 = Config(
     # torchrun --nproc_per_node=8 train.py --config=prx_512 --data=path/to/images
     # Photoroom's 24-hour run, first stage: 32 H200. Not run by us.
@@ -276,7 +289,7 @@ nitro_1024_ft = replace(
     sample=replace(nitro_512.sample, guidance=4.5),
 )
 
-recipes = {c.name: c for c in (emoji, emoji_gpu, debug, prx_512, prx_1024, nitro_512, nitro_1024, nitro_1024_ft)}
+recipes = {c.name: c for c in (emoji, emoji_gpu, debug, nitro_debug, prx_512, prx_1024, nitro_512, nitro_1024, nitro_1024_ft)}
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def bpe_encoding(ranks):
 def tokenizer(c, ranks=None):
     """-> callable: list[str] -> ids (B, L) int64 and mask (B, L) bool, right padded; every row has a true entry.
 
-    bpe: the start token and the caption, L = c.text.length always. Else the encoder's own tokenizer, L = the longest of
-    the batch rounded up to a multiple of 8, at most c.text.length."""
+    bpe: the start token and the caption, L = c.text.length always. Else the encoder's own tokenizer, L = c.text.length with
+    text.pad, without it the longest of the batch rounded up to a multiple of 8, at most c.text.length."""
     if c.text.encoder == "bpe":
         if len(ranks) >= c.text.vocab:
             fail(f"the vocabulary has {len(ranks)} entries and a start token, more than text.vocab {c.text.vocab}")
@@ -91,7 +91,7 @@ def tokenizer(c, ranks=None):
     own = from_hub(AutoTokenizer, c.text.encoder, "--text", padding_side="right")
     if len(own) <= len(own.all_special_tokens):             # transformers makes an empty one when the files are missing
         fail(f"--text={c.text.encoder} has no tokenizer beside its weights")
-    return functools.partial(own_tokens, own, min(c.text.length, own.model_max_length))
+    return functools.partial(own_tokens, own, min(c.text.length, own.model_max_length), c.text.pad)
 
 
 def bpe_tokens(encoding, length, texts):
@@ -99,10 +99,10 @@ def bpe_tokens(encoding, length, texts):
     return pad(rows, 0, length)
 
 
-def own_tokens(own, length, texts):
+def own_tokens(own, length, full, texts):
     fill = next((i for i in (own.pad_token_id, own.eos_token_id, own.bos_token_id) if i is not None), 0)
     rows = [row or [fill] for row in own(list(texts), truncation=True, max_length=length)["input_ids"]]
-    return pad(rows, fill, min(length, -(-max(map(len, rows)) // 8) * 8))
+    return pad(rows, fill, length if full else min(length, -(-max(map(len, rows)) // 8) * 8))
 
 
 def pad(rows, fill, length):
@@ -124,8 +124,22 @@ def from_hub(kind, name, flag, **options):
     try:
         return kind.from_pretrained(name, trust_remote_code=False, local_files_only=folder, **options)
     except Exception as error:                              # OSError, ValueError, KeyError, HTTP errors, safetensors' own, ...
+        if gated(error):
+            fail(f"{flag}={name} is gated: accept its licence at huggingface.co/{name} and run `hf auth login`, or use another with "
+                 f"{flag}=<id or folder>" + (" (and --text.dim=0)" if flag == "--text" else ""))
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fail(f"{flag}={name} cannot be loaded; give {flag}=<folder> with config.json and *.safetensors. The reason: {reason}")
+
+
+def gated(error):
+    """Did the hub refuse, here or in what this error was raised from? A model that does not exist is 401 too, to strangers."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and (isinstance(error, GatedRepoError) or not isinstance(error, RepositoryNotFoundError)
+                                                  and getattr(error.response, "status_code", 0) in (401, 403)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 # The published recipes' networks, so that train.py --bench can time them with random weights and no download.
@@ -254,7 +268,7 @@ def teacher(c, device, weights=True):
     return features
 
 
-DC_AE = dict(                                               # the published f32c32 autoencoder's, for --bench
+DC_AE = dict(                                               # mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers', for --bench
     encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
     encoder_layers_per_block=[2, 2, 2, 3, 3, 3], decoder_layers_per_block=[3] * 6, encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
     decoder_qkv_multiscales=[[], [], [], [5], [5], [5]], upsample_block_type="interpolate", downsample_block_type="Conv", scaling_factor=0.41407)
@@ -262,30 +276,35 @@ DC_AE = dict(                                               # the published f32c
 
 class VAE:
     """DC-AE (Chen et al. 2024), frozen, bf16 on GPU and fp32 on CPU: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f)
-    of about unit variance. `chunk` images go through it at a time, which bounds its memory."""
+    of about unit variance. As many images go through it at a time as have `pixels` in all, which bounds its memory."""
 
-    def __init__(self, c, device, weights=True, chunk=8):
+    def __init__(self, c, device, weights=True, pixels=2 ** 21):
         from diffusers import AutoencoderDC
-        name, flag, self.chunk = c.latent.vae, "--vae", chunk
+        name, flag, self.pixels = c.latent.vae, "--vae", pixels
         if weights:
-            self.model = from_hub(AutoencoderDC, name, flag, use_safetensors=True)
+            self.model, info = from_hub(AutoencoderDC, name, flag, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False)
+            if missing := sorted(info["missing_keys"]):     # diffusers would go on with random numbers in their place
+                fail(f"{flag}={name} lacks {len(missing)} weights of AutoencoderDC: {', '.join(missing[:3])}, ...")
         else:
+            config = AutoencoderDC.load_config(name) if os.path.isdir(name) else DC_AE
             with torch.device(device):
-                self.model = AutoencoderDC.from_config(DC_AE)
+                self.model = AutoencoderDC.from_config(config)
         config = self.model.config
-        self.scale, factor = config.scaling_factor, 2 ** (len(config.encoder_block_out_channels) - 1)
-        if (factor, config.latent_channels) != (c.latent.factor, c.model.channels):
-            fail(f"{flag}={name} makes {config.latent_channels} channels, {factor} pixels apart: "
-                 f"set --model.channels={config.latent_channels} --latent.factor={factor}")
+        self.scale, self.factor = config.scaling_factor, 2 ** (len(config.encoder_block_out_channels) - 1)
+        if (self.factor, config.latent_channels) != (c.latent.factor, c.model.channels):
+            fail(f"{flag}={name} makes {config.latent_channels} channels, {self.factor} pixels apart: "
+                 f"set --model.channels={config.latent_channels} --latent.factor={self.factor}")
         self.model = self.model.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32).eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, image):
-        return torch.cat([self.model.encode(x.to(self.model.dtype)).latent.float() for x in image.to(self.model.device).split(self.chunk)]) * self.scale
+        parts = image.to(self.model.device).split(max(1, self.pixels // image[0, 0].numel()))
+        return torch.cat([self.model.encode(x.to(self.model.dtype)).latent.float() for x in parts]) * self.scale
 
     @torch.no_grad()
     def decode(self, latent):
-        return torch.cat([self.model.decode((z / self.scale).to(self.model.dtype)).sample.float() for z in latent.to(self.model.device).split(self.chunk)])
+        parts = latent.to(self.model.device).split(max(1, self.pixels // (latent[0, 0].numel() * self.factor ** 2)))
+        return torch.cat([self.model.decode((z / self.scale).to(self.model.dtype)).sample.float() for z in parts])
 
 
 # ------------------------------------------------------------------------------------------------------------------
