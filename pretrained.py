@@ -289,8 +289,8 @@ class VAE:
 # A network runs in bf16 on GPU and fp32 on CPU; norms, distances and means in fp32.
 
 VGG = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)      # stages: convolutions, width
+# Blocks of EfficientNet-Lite0: how many, width, kernel, stride, expansion
 LITE = (1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6), (3, 112, 5, 1, 6), (4, 192, 5, 2, 6), (1, 320, 3, 1, 6)
-# EfficientNet-Lite0: blocks, width, kernel, stride, expansion
 
 
 class VGG16(nn.Module):
