@@ -242,7 +242,8 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(tmp_path):
                 except SystemExit as stop:
                     print(name, load.__name__, stop)
     """
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "*", "no_proxy": "*"}
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path),
+           "NO_PROXY": "*", "no_proxy": "*"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     hub.shutdown()
     lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
