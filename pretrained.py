@@ -273,9 +273,11 @@ class VAE:
 
     def __init__(self, c, device, weights=True, pixels=2 ** 21):
         from diffusers import AutoencoderDC
+        from diffusers.utils import logging
+        logging.set_verbosity_error()                       # it would recommend packages, and warn of the cast below
         name, flag, self.pixels = c.latent.vae, "--vae", pixels
         if weights:
-            self.model, info = from_hub(AutoencoderDC, name, flag, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False)
+            self.model, info = from_hub(AutoencoderDC, name, flag, use_safetensors=True, output_loading_info=True)
             if missing := sorted(info["missing_keys"]):     # diffusers would go on with random numbers in their place
                 fail(f"{flag}={name} lacks {len(missing)} weights of AutoencoderDC: {', '.join(missing[:3])}, ...")
         else:
