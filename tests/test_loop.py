@@ -279,7 +279,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity_and_captions_are_dropped(
     batch, null = micro(c, n=64)
     seen = {}
 
-    def model(z, t, text, mask, keep_ids):
+    def model(z, t, text, mask, keep_ids, slots):
         seen.update(z=z, t=t, text=text, mask=mask)
         seen["out"] = torch.randn(64, 16, 48, generator=torch.Generator().manual_seed(2))
         return seen["out"], None
