@@ -14,18 +14,17 @@ What a run sees is a pure function of its seed and of the position in it: nothin
 
     b micro-batch, L text tokens, H and W pixels, C h w of a latent, N D of a teacher's features, E drawings
 """
-import functools, hashlib, importlib.util, io, itertools, json, math, mmap, os, re, signal, sys, tarfile, time, unicodedata, warnings, zlib
+import functools, hashlib, importlib.util, io, itertools, json, math, mmap, os, re, signal, sys, tarfile, unicodedata, warnings, zlib
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-import configs, pretrained
+import configs
 
 HELD_OUT = 0.05                                             # share of the items that is never trained on
 LANCZOS = Image.Resampling.LANCZOS
@@ -69,9 +68,12 @@ def one(source, c, bad):
     root = Path(source).expanduser()
     if (root / "prepare.json").is_file():
         return prepared(root, c, bad)
-    for suffix, kind in ((".tar", Tars), (".parquet", Parquet)):
-        if files := [root] if root.suffix == suffix and root.is_file() else sorted(root.glob("*" + suffix)):
-            return folder(kind(files, c, bad), root, c, bad)
+    files = {suffix: [root] if root.suffix == suffix and root.is_file() else sorted(root.glob("*" + suffix)) for suffix in (".tar", ".parquet")}
+    if files[".tar"]:
+        return folder(Tars(files[".tar"], c, bad), root, c, bad)
+    if files[".parquet"]:
+        from prepare import Parquet
+        return folder(Parquet(files[".parquet"], c, bad), root, c, bad)
     if not root.is_dir():
         configs.fail(f"no folder {root}; data.source is a folder of captioned images, of tars, of prepared shards, or emoji (built in)")
     return folder(Files(root, bad), root, c, bad)
@@ -335,11 +337,8 @@ class Bad(dict):
         if new and len(self) > 20:
             tqdm.write(f"skipped {lost} of {self.total} {what} so far", file=sys.stderr)
         if lost > self.max_bad * self.total:
-            configs.fail(f"{lost} of {self.total} {what} in {self.source} cannot be used{self.example()}; "
+            configs.fail(f"{lost} of {self.total} {what} in {self.source} cannot be used; "
                          f"--data.max_bad={math.ceil(100 * lost / self.total) / 100:g} would go on without them")
-
-    def example(self):
-        return f", such as {next(iter(self))}: {next(iter(self.values()))}" if len(self) == 1 else ""
 
 
 def reason(error):
@@ -355,8 +354,8 @@ def sound(dataset, index, choice):
         try:
             return dataset.item(i, choice)
         except Exception as error:                          # broken files raise anything
-            dataset.bad.late[dataset.names[i]] = reason(error)
-    configs.fail(f"nothing in {dataset.root} can be read")
+            why = dataset.bad.late[dataset.names[i]] = reason(error)
+    configs.fail(f"nothing in {dataset.root} can be read: {why}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -390,8 +389,7 @@ class Folder:
         captions = self.captions[i]
         return self.image(i), captions[choice % len(captions)]
 
-    def get(self, index, choice):
-        return sound(self, index, choice)
+    get = sound
 
 
 def folder(store, root, c, bad):
@@ -402,7 +400,7 @@ def folder(store, root, c, bad):
     ranked = np.unique(store.keys)
     held = int((ranked < np.uint64(HELD_OUT * 2 ** 64)).sum())
     away = store.keys <= ranked[max(1, min(held, len(ranked) - 1)) - 1]
-    sides = np.flatnonzero(~away), np.flatnonzero(away)
+    sides = [np.flatnonzero(side).astype(np.int32) for side in (~away, away)]
     return tuple(Folder(store, root, *by_shape(store, index, c), bad) for index in (sides[0] if len(sides[0]) else sides[1], sides[1]))
 
 
@@ -419,7 +417,7 @@ def by_shape(store, index, c):
 
 
 def buckets(size, step):
-    """The shapes (H, W) of about size x size pixels, multiples of `step`, of aspect ratios from 1:2 to 2:1: as PRX, each number
+    """The shapes (H, W) of about size x size pixels, multiples of `step`, of aspect ratios from about 1:2 to 2:1: as PRX, each number
     of steps along one side with as many along the other as fit into the area."""
     n = size // step
     sides = range(math.ceil(math.sqrt(n * n / 2)), math.isqrt(2 * n * n) + 1)
@@ -505,31 +503,30 @@ class Tars:
     lazy = True
 
     def __init__(self, files, c, bad):
-        turn = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))      # each rank begins elsewhere
-        order = tqdm([*files[turn:], *files[:turn]], desc="indexing tars", leave=False, disable=len(files) < 10)
-        rows = {file: tar_index(file) for file in order}
-        self.files, self.rows, good = [], [], []
+        begin = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))     # each rank indexes others first
+        order = tqdm([*files[begin:], *files[:begin]], desc="indexing tars", leave=False, disable=len(files) < 10)
+        tables, self.files, self.rows = {file: tar_index(file) for file in order}, [], []
         for file in files:
-            table, why = rows[file]
-            bad.total += max(1, len(table))
+            rows, why = tables[file]
+            bad.total += max(1, len(rows))
             if why:
-                bad.late[file.name], bad.unnamed = why, bad.unnamed + max(0, len(table) - 1)
+                bad.late[file.name], bad.unnamed = why, bad.unnamed + max(0, len(rows) - 1)
                 continue
-            for row in table[table["width"] == 0]:
-                bad.late[f"{file.name}: {header_name(file, row)}"] = trouble(file, row)
-            self.files.append(file), self.rows.append(table), good.append(np.flatnonzero(table["width"]).astype(np.uint32))
-        self.good, self.ends = good, np.cumsum([len(g) for g in good])
-        whole = [table[g] for table, g in zip(self.rows, good)]
-        self.keys = np.concatenate([t["key"] for t in whole] or [np.empty(0, np.uint64)])
-        self.sizes = np.concatenate([np.stack([t["width"], t["height"]], 1) for t in whole] or [np.empty((0, 2))]) if c.data.buckets else None
+            good = int((rows["width"] > 0).sum())           # which come first
+            bad.late |= {f"{file.name}: {member_name(file, row)}": "no caption, or no image that can be opened" for row in rows[good:]}
+            self.files.append(file), self.rows.append(rows[:good])
+        self.ends = np.cumsum([len(rows) for rows in self.rows])
+        column = lambda key: np.concatenate([np.empty(0, ROW[key]), *(rows[key] for rows in self.rows)])
+        self.keys = column("key")
+        self.sizes = np.stack([column("width"), column("height")], 1) if c.data.buckets else None
 
     def at(self, i):
         k = int(np.searchsorted(self.ends, i, "right"))
-        return self.files[k], self.rows[k][self.good[k][i - self.ends[k]]]
+        return self.files[k], self.rows[k][i - self.ends[k] + len(self.rows[k])]
 
     def name(self, i):
         file, row = self.at(i)
-        return f"{file.name}: {header_name(file, row)}"
+        return f"{file.name}: {member_name(file, row)}"
 
     def texts(self, i):
         file, row = self.at(i)
@@ -546,7 +543,9 @@ def texts(blob, is_json):
         entry = json.loads(blob)
         found = entry.get("caption") or entry.get("text")
         lines = found if isinstance(found, list) else [found]
-        return [" ".join(line.split()) for line in lines if line and line.strip()]
+        lines = [" ".join(line.split()) for line in lines if line]
+        "".join(lines).encode()                             # half a surrogate pair is JSON but not text
+        return [line for line in lines if line]
     return [line.strip() for line in blob.decode("utf-8-sig").splitlines() if line.strip()]
 
 
@@ -565,21 +564,21 @@ def piece(path, offset, size):
     return blob
 
 
-def header_name(file, row):
+def member_name(file, row):
     return piece(file, row["offset"] - 512, 100).split(b"\0")[0].decode("utf-8", "replace")
 
 
-def trouble(file, row):
-    """Why the row cannot be used: the index only says that."""
-    try:
-        if not row["length"]:
-            return "no caption"
-        if not texts(piece(file, row["text"], row["length"]), row["json"]):
-            return "no caption"
-        extent(io.BytesIO(piece(file, row["offset"], row["size"])))
-        return "it could not be read when the index was made"
-    except Exception as error:
-        return reason(error)
+@contextmanager
+def atomic(path, writer=""):
+    """Yields another name to write to; flushed to disk, then renamed. `writer` tells apart those who may write the same at once."""
+    part = path.with_name(f"{path.name}{writer and f'.{writer}'}.part")
+    yield part
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    if os.name == "posix":
+        fd = os.open(path.parent, os.O_RDONLY)
+        os.fsync(fd), os.close(fd)
 
 
 def tar_index(path):
@@ -606,7 +605,7 @@ def tar_index(path):
 
 
 def scan(path):
-    """Reads the tar's headers once. Width 0: the image cannot be used."""
+    """Reads the tar's headers once. Rows of width 0, the last, cannot be used."""
     images, captions, rows, why = {}, {}, [], ""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -617,10 +616,10 @@ def scan(path):
                 if not member.isfile() or base.startswith("."):
                     continue
                 if dot + suffix.lower() in SUFFIXES:
-                    images.setdefault(key, (member.offset_data, member.size, *measured(tar.extractfile(member))))
+                    images.setdefault(key, (member.offset_data, member.size, *(attempt(extent, tar.extractfile(member)) or (0, 0))))
                 elif suffix in ("txt", "json"):
-                    blob = tar.extractfile(member).read()
-                    if usable(blob, suffix == "json") and (suffix == "txt" or key not in captions):     # .txt comes before .json
+                    found = attempt(texts, tar.extractfile(member).read(), suffix == "json")
+                    if found and (suffix == "txt" or key not in captions):              # .txt comes before .json
                         captions[key] = member.offset_data, member.size, suffix == "json"
             tar.fileobj.seek(max(0, path.stat().st_size - 512))
             if any(tar.fileobj.read(512)):                  # a tar ends with zeros; Python's reader does not mind if it does not
@@ -628,97 +627,17 @@ def scan(path):
     except (OSError, tarfile.TarError) as error:
         why = f"the tar cannot be read: {reason(error)}"
     for key, (offset, size, width, height) in images.items():
-        text, length, is_json = captions.get(key, (0, 0, 0))
-        rows.append((digest(path.stem, key), offset, size, width * (length > 0), height, text, length, is_json))
-    return np.array(rows, ROW), why
+        caption = captions.get(key, (0, 0, 0))
+        rows.append((digest(path.stem, key), offset, size, width * (key in captions), height, *caption))
+    return np.array(sorted(rows, key=lambda row: row[3] == 0), ROW), why
 
 
-def measured(file):
+def attempt(function, *args):
+    """None where it fails: why, is told when somebody needs what is missing."""
     try:
-        return extent(file)
-    except Exception:                                       # why is found out when somebody asks: see `trouble`
-        return 0, 0
-
-
-def usable(blob, is_json):
-    try:
-        return bool(texts(blob, is_json))
-    except Exception:
-        return False
-
-
-class Parquet:
-    """Rows of parquet files that hold images as bytes, as Hugging Face writes them. They are read a row group at a time, which
-    is quick in order (`prepare`) and slow at random."""
-    lazy = True
-
-    def __init__(self, files, c, bad):
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            configs.fail("parquet files need a package: pip install pyarrow")
-        self.files, self.groups = files, []                 # groups: (file, its number there, rows)
-        for file in files:
-            try:
-                about = parquet.ParquetFile(file)
-                counts = [about.metadata.row_group(g).num_rows for g in range(about.num_row_groups)]
-                columns(about.schema_arrow, file)
-                self.groups += [(file, g, n) for g, n in enumerate(counts)]
-            except (OSError, ValueError) as error:          # pyarrow's own are kinds of these
-                bad.late[file.name] = f"no parquet file of images and captions: {reason(error)}"
-                bad.total += 1
-        counts = np.array([n for _, _, n in self.groups], np.int64)
-        self.ends = np.cumsum(counts)
-        bad.total += int(counts.sum())
-        self.keys = np.array([digest(f"{self.name(i)}") for i in range(int(counts.sum()))], np.uint64)
-        self.sizes = None
-        if c.data.buckets:
-            sizes = [measured(self.open(i)) for i in tqdm(range(len(self.keys)), desc="measuring images", leave=False)]
-            self.sizes = np.array(sizes, np.int32).reshape(-1, 2).clip(1)               # what cannot be measured is found bad later
-
-    def at(self, i):
-        k = int(np.searchsorted(self.ends, i, "right"))
-        file, group, n = self.groups[k]
-        return file, group, int(i - self.ends[k] + n)
-
-    def name(self, i):
-        file, group, row = self.at(i)
-        return f"{file.name}: group {group} row {row}"
-
-    def row(self, i):
-        file, group, row = self.at(i)
-        images, captions = row_group(file, group, os.getpid())
-        return images[row].as_py(), captions[row].as_py()
-
-    def texts(self, i):
-        found = self.row(i)[1]
-        found = [" ".join(t.split()) for t in (found if isinstance(found, list) else [found]) if t and t.strip()]
-        if not found:
-            raise ValueError("no caption")
-        return found
-
-    def open(self, i):
-        image = self.row(i)[0]
-        return io.BytesIO(image["bytes"] if isinstance(image, dict) else image)
-
-
-def columns(schema, file):
-    """-> the names of the columns of images (bytes, or a struct with bytes) and of captions (a text, or a list of them)."""
-    binary = lambda kind: str(kind) in ("binary", "large_binary") or str(kind).startswith("struct<") and "bytes: " in str(kind)
-    image = next((f.name for f in schema if binary(f.type)), None)
-    caption = next((name for name in ("caption", "captions", "text", "prompt") if name in schema.names), None)
-    if not (image and caption):
-        raise ValueError("want a column of image bytes and one named caption, captions, text or prompt; there are " + ", ".join(schema.names))
-    return image, caption
-
-
-@functools.lru_cache(maxsize=2)
-def row_group(path, group, process):
-    import pyarrow.parquet as parquet
-    file = parquet.ParquetFile(path)
-    image, caption = columns(file.schema_arrow, path)
-    table = file.read_row_group(group, columns=[image, caption])
-    return table[image], table[caption]
+        return function(*args)
+    except Exception:                                       # broken files raise anything
+        return None
 
 
 def extent(path):
@@ -759,7 +678,7 @@ def decode(path, size):
 # (n, N, D), `first` (n + 1) into its captions; per caption `length`, and `token` and `letter` into `text` (all tokens, D) and `caption`
 # (UTF-8), each at its real length; checksums `crc` and `text_crc`. float8 has its scale per token in `*_scale`.
 
-VERSION, EDGE, BATCH = 1, 2 ** 16, 64                       # of the format; bytes checked at either end; samples encoded at once
+VERSION, EDGE = 1, 2 ** 16                                  # of the format; bytes checked at either end when shards are loaded
 DTYPES = {"F16": np.float16, "BF16": np.int16, "F8_E4M3": np.uint8, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 
 
@@ -796,7 +715,8 @@ class Shards:
 
     def item(self, i, choice):
         s, j = self.at(i)
-        t = int(s["first"][j] + choice % (s["first"][j + 1] - s["first"][j]))
+        first, last = s["first"][j:j + 2].tolist()
+        t = first + choice % (last - first)
         if sample_crc(s, j) != s["crc"][j] or caption_crc(s, j, t) != s["text_crc"][t]:
             raise ValueError("it does not match its checksum")
         sample = {key: torch.from_numpy(s[key][j].copy()) for key in ("latent", "image") if key in s}
@@ -808,8 +728,7 @@ class Shards:
             sample["teacher"] = states(s, "teacher", j)
         return sample, text(s, t)
 
-    def get(self, index, choice):
-        return sound(self, index, choice)
+    get = sound
 
 
 def mapped(path):
@@ -832,12 +751,6 @@ def states(s, key, where):
     if key + "_scale" not in s:
         return x.view(torch.bfloat16)
     return (x.view(torch.float8_e4m3fn).float() * torch.from_numpy(s[key + "_scale"][where].copy())[..., None]).bfloat16()
-
-
-def eighth(x):
-    """(..., D) -> float8 (as bytes) and its scale (...): the largest value of a token becomes the largest that there is, 448."""
-    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 448
-    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
 def sample_crc(s, j):
@@ -921,245 +834,9 @@ def matters(key, c, was):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# python data.py prepare
-
-PREPARE = """Encode images and captions once, into memory-mapped shards that `train.py` reads.
-
-    python data.py prepare --config=nitro_512 --source=path/to/images --out=shards/nitro_512
-    torchrun --nproc_per_node=8 data.py prepare --config=nitro_512 --source=path/to/tars --out=shards/nitro_512
-
-The same command goes on after an interruption; a finished shard is never made again. Every other flag is of the recipe (see
-train.py --help): latent.vae, text.encoder, text.length, model.size, data.buckets, align.teacher decide what is stored, data.workers
-how many processes decode, data.max_bad how many broken images are too many.
-
-  --source=...       folder of images, of *.tar, of *.parquet; one .tar or .parquet; emoji
-  --out=...          folder of the shards
-  --fp8              text states and features in float8, with a scale for each token: half the bytes
-  --features=no      leave away the features of align.teacher
-  --shard=4096       samples of a shard"""
-
-
-def prepare(argv):
-    if {"-h", "--help"} & set(argv):
-        print(PREPARE), sys.exit(0)
-    own = {m[1]: m[2] if m[2] is not None else "yes" for arg in argv if (m := re.fullmatch(r"--(fp8|features|shard)(?:=(.*))?", arg))}
-    c = configs.parse([arg for arg in argv if arg.removeprefix("--").split("=")[0] not in own])
-    fp8, features = (configs.cast(own.get(key, default), bool, f"--{key}") for key, default in (("fp8", "no"), ("features", "yes")))
-    count = configs.cast(own.get("shard", "4096"), int, "--shard")
-    if not c.out or count < 1:
-        configs.fail("where to? --out=<folder>" if not c.out else "--shard must be above zero")
-    if not features or not c.align.teacher:
-        c = replace(c, align=configs.Align())
-    if c.text.encoder != "bpe":
-        c = replace(c, text=replace(c.text, dim=pretrained.text_dim(c)))
-    rank, world, root = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(c.out)
-    train, val = load(c)
-    if not isinstance(train, (Folder, Emoji)):
-        configs.fail(f"--source={c.data.source}: prepare reads one source of images, not prepared shards, not a mixture")
-    plan = [*shards(train, "train", count, c), *shards(val, "val", count, c)]
-    about = {"version": VERSION, "fingerprint": fingerprint(c), "fp8": fp8, "shard": count, "items": len(train) + len(val),
-             "source": f"{digest(*(keys(side) for side in (train, val))):016x}"}
-    begin(root, about, rank)
-    encode = encoder(c, fp8, root, rank)
-    records = {shard["name"]: finished(root, shard) for shard in plan[rank::world]}
-    bad = getattr(train, "bad", Bad(c))
-    for record in filter(None, records.values()):
-        bad.note(record["bad"])
-    todo = [k for k in range(rank, len(plan), world) if not records[plan[k]["name"]]]
-    jobs = [(k, plan[k]["items"][i:i + BATCH]) for k in todo for i in range(0, len(plan[k]["items"]), BATCH)]
-    loader = torch.utils.data.DataLoader(
-        Decoded(plan), batch_size=None, sampler=jobs, num_workers=c.data.workers, worker_init_fn=ignore_signals,
-        multiprocessing_context="fork" if c.data.workers and sys.platform == "linux" else None)
-    mine = sum(len(shard["items"]) for shard in plan[rank::world])
-    bar = tqdm(total=mine, initial=mine - sum(len(items) for _, items in jobs), unit="img", disable=rank > 0, dynamic_ncols=True,
-               desc=f"{len(plan) - len(todo) if world == 1 else len(records) - len(todo)} of {len(records)} shards were there" if len(todo) < len(records) else None)
-    since, made = time.perf_counter(), 0
-    for k, group in itertools.groupby(loader, key=lambda job: job[0]):
-        pieces, why = [], {}
-        for _, images, captions, lost in group:
-            if captions:
-                pieces.append(encode(images, captions))
-            bad.note(lost), why.update(lost)
-            bar.update(len(captions) + len(lost))
-            made += len(captions)
-        write(root, plan[k], pack(pieces) if pieces else None, why)
-    bar.close()
-    if rank == 0 and made:
-        print(f"{made} images in {time.perf_counter() - since:.1f} s: {made / (time.perf_counter() - since):.1f} images/s" + (f" on rank 0 of {world}" if world > 1 else ""))
-    conclude(root, plan, about, bad, rank)
-
-
-def shards(dataset, split, count, c):
-    """The plan: what is in which shard depends on nothing but the list of items, the shapes and `count`."""
-    shapes = getattr(dataset, "shapes", [(c.model.size,) * 2])
-    return [{"name": f"{split}-{h}x{w}-{k:05}", "split": split, "shape": [h, w], "dataset": dataset,
-             "items": range(first + k * count, min(first + k * count + count, first + n))}
-            for (h, w), (first, n, _) in zip(shapes, streams(dataset)) for k in range(-(-n // count))]
-
-
-def keys(dataset):
-    return hashlib.sha256(dataset.store.keys[dataset.index].tobytes() if isinstance(dataset, Folder) else repr(dataset.pairs).encode()).hexdigest()
-
-
-def begin(root, about, rank):
-    """Go on only with what was begun."""
-    if (root / "prepare.json").is_file():
-        was = json.loads((root / "prepare.json").read_text())
-        flat = lambda x: {**x, **x["fingerprint"], "fingerprint": None}
-        if differ := [f"{key} {flat(was).get(key)} (now {value})" for key, value in flat(about).items() if flat(was).get(key) != value]:
-            configs.fail(f"{root} was begun with another " + ", ".join(differ) + ": give another --out or delete it")
-    else:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())) and rank == 0:
-            configs.fail(f"--out={root} is not empty: give a new folder")
-        root.mkdir(parents=True, exist_ok=True)
-        with atomic(root / "prepare.json", rank) as part:
-            part.write_text(json.dumps(about, indent=1))
-
-
-def finished(root, shard):
-    """Its record, if it is there and whole."""
-    try:
-        record = json.loads((root / (shard["name"] + ".json")).read_text())
-        return record if not record["count"] or not damage(root, record) else None
-    except (OSError, ValueError):
-        return None
-
-
-class Decoded(torch.utils.data.Dataset):
-    """(shard, items) -> the shard, their images, their captions, {name: why} of those that cannot be read."""
-
-    def __init__(self, plan):
-        self.plan = plan
-
-    def __getitem__(self, job):
-        k, items = job
-        dataset, images, captions, bad = self.plan[k]["dataset"], [], [], {}
-        for i in items:
-            try:
-                texts, image = dataset.captions[i], dataset.image(i)
-                captions.append(texts), images.append(image)
-            except Exception as error:
-                bad[dataset.names[i]] = reason(error)
-        return k, torch.from_numpy(np.stack(images)) if images else None, captions, bad
-
-
-def encoder(c, fp8, root, rank):
-    """-> function: images uint8 (b, 3, H, W), captions of each -> what is stored of them. Writes the empty caption's states too."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    vae = pretrained.VAE(c, device) if c.latent.vae else None
-    teacher = pretrained.teacher(c, device) if c.align.teacher else None
-    tokenize, states = (None, None) if c.text.encoder == "bpe" else (pretrained.tokenizer(c), pretrained.text_encoder(c, device))
-
-    def read(captions):
-        """-> states of the tokens that count, one caption after the other, how many of each, and how many are not padding."""
-        ids, mask = tokenize(captions)
-        kept = torch.ones_like(mask) if c.text.pad else mask                            # a model that attends to padding needs its states too
-        return states(ids, mask)[kept.to(device)].bfloat16(), kept.sum(1), mask.sum(1)
-
-    def encode(image, captions):
-        out, x = {"captions": captions}, image.to(device).float() / 127.5 - 1
-        h, w = (side // (c.latent.factor * c.model.patch) for side in image.shape[2:])
-        out["latent" if vae else "image"] = vae.encode(x).half().cpu() if vae else image
-        if tokenize:
-            out["text"], out["tokens"], out["length"] = (a.cpu() for a in read([t for texts in captions for t in texts]))
-        if teacher:
-            out["teacher"] = teacher(x).bfloat16().cpu()                                # (b, N, D)
-            if out["teacher"].shape[1] != h * w:
-                configs.fail(f"align.teacher gives {out['teacher'].shape[1]} features for {h} x {w} tokens: prepare with --features=no or without data.buckets")
-        for key in ("text", "teacher", "latent"):
-            if key in out and not out[key].isfinite().all():
-                configs.fail(f"the encoder of {key} gave numbers that are not finite; the first caption of that batch: {captions[0][0]!r}")
-        for key in ("text", "teacher") if fp8 else ():
-            if key in out:
-                out[key], out[key + "_scale"] = eighth(out[key])
-        return out
-
-    if tokenize and rank == 0 and not (root / "null.safetensors").exists():
-        with atomic(root / "null.safetensors") as part:
-            save_file({"text": read([""])[0].cpu()}, part)
-    return encode
-
-
-def pack(pieces):
-    """-> the tensors of a shard."""
-    captions = [texts for piece in pieces for texts in piece["captions"]]
-    blobs = [line.encode() for texts in captions for line in texts]
-    starts = lambda counts: torch.tensor([0, *itertools.accumulate(counts)])
-    out = {key: torch.cat([piece.pop(key) for piece in pieces]) for key in list(pieces[0]) if key != "captions"}
-    out |= {"first": starts(map(len, captions)), "letter": starts(map(len, blobs)), "caption": torch.frombuffer(bytearray(b"".join(blobs)), dtype=torch.uint8),
-            "token": starts(out.pop("tokens", torch.zeros(len(blobs))).long().tolist())}
-    out.setdefault("length", torch.zeros(len(blobs), dtype=torch.int64))
-    s = {key: (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy() for key, x in out.items()}
-    out["crc"] = torch.tensor([sample_crc(s, j) for j in range(len(captions))])
-    out["text_crc"] = torch.tensor([caption_crc(s, j, t) for j, texts in enumerate(captions) for t in range(s["first"][j], s["first"][j] + len(texts))])
-    return {key: x.view(torch.float8_e4m3fn) if key + "_scale" in out else x for key, x in out.items()}
-
-
-def write(root, shard, tensors, bad):
-    """The shard, then its record, each complete or absent."""
-    path = root / (shard["name"] + ".safetensors")
-    record = {"name": shard["name"], "split": shard["split"], "shape": shard["shape"], "count": 0, "bytes": 0, "bad": bad}
-    if tensors:
-        with atomic(path) as part:
-            save_file(tensors, part)
-        record |= {"count": len(tensors["crc"]), "bytes": path.stat().st_size, "edges": edges(path), "sha256": sha256(path)}
-    with atomic(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps(record))
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic(path, writer=""):
-    """Yields another name to write to; flushed to disk, then renamed. `writer` tells apart those who may write the same at once."""
-    part = path.with_name(f"{path.name}{writer and f'.{writer}'}.part")
-    yield part
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    if os.name == "posix":
-        fd = os.open(path.parent, os.O_RDONLY)
-        os.fsync(fd), os.close(fd)
-
-
-def conclude(root, plan, about, bad, rank):
-    """Whoever finds all shards made writes the index. Ranks need not wait for each other, nor run at the same time."""
-    files = [root / (shard["name"] + ".json") for shard in plan]
-    if not all(file.is_file() for file in files):
-        return
-    records = [json.loads(file.read_text()) for file in files]
-    for record in records:
-        bad.note(record.pop("bad"))
-    count, size = (sum(record[key] for record in records) for key in ("count", "bytes"))
-    if not count:
-        configs.fail(f"no image of {bad.source} could be prepared")
-    with atomic(root / "index.json", rank) as part:
-        part.write_text(json.dumps({**about, "shards": records}, indent=1))
-    print(f"{root}: {count} images in {len(records)} shards, {size / count:,.0f} bytes each" + (f", {len(bad)} skipped" if bad else ""))
-
-
-def verify(argv):
-    """Reads every byte of prepared shards."""
-    root = Path(configs.parse(argv).data.source)
-    if not (root / "index.json").is_file():
-        configs.fail(f"no index.json in {root}: --source=<folder that data.py prepare has finished>")
-    records = json.loads((root / "index.json").read_text())["shards"]
-    wrong = []
-    for record in tqdm(records, unit="shard"):
-        if record["count"] and (why := damage(root, record) or sha256(root / (record["name"] + ".safetensors")) != record["sha256"] and "it does not match its sha256"):
-            wrong.append(f"{record['name']} ({why})")
-    if wrong:
-        configs.fail(f"{len(wrong)} of {len(records)} shards are damaged: {', '.join(wrong[:5])}; delete their .json and index.json, and run the same data.py prepare again")
-    print(f"{root}: {len(records)} shards match their sha256")
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Batches: what stands at position p of a run is a function of (seed, p)
 
-ROUND = 1024                                                # turns
+ROUND = 256                                                 # turns
 
 
 def permutation(seed, epoch, n):
@@ -1302,7 +979,8 @@ def sheet(dataset, path, n=60, columns=10):
 def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("prepare", "verify"):
-        return {"prepare": prepare, "verify": verify}[command](sys.argv[2:])
+        import prepare
+        return getattr(prepare, command)(sys.argv[2:])
     if {"-h", "--help"} & set(sys.argv):
         return print(__doc__.strip(), "\n\nEvery other flag is of the recipe: train.py --help names them.")
     c = configs.parse(sys.argv[1:])
