@@ -337,8 +337,11 @@ class Bad(dict):
         if new and len(self) > 20:
             tqdm.write(f"skipped {lost} of {self.total} {what} so far", file=sys.stderr)
         if lost > self.max_bad * self.total:
-            configs.fail(f"{lost} of {self.total} {what} in {self.source} cannot be used; "
-                         f"--data.max_bad={math.ceil(100 * lost / self.total) / 100:g} would go on without them")
+            message = (f"{lost} of {self.total} {what} in {self.source} cannot be used; "
+                       f"--data.max_bad={math.ceil(100 * lost / self.total) / 100:g} would go on without them")
+            if os.environ.get("RANK", "0") != "0":          # others need not have found it
+                tqdm.write(message, file=sys.stderr)
+            configs.fail(message)
 
 
 def reason(error):
@@ -707,7 +710,8 @@ class Shards:
         return self.open[k], int(i - self.ends[k] + self.shards[k]["count"])
 
     def name(self, i):
-        return f"{self.shards[int(np.searchsorted(self.ends, i, 'right'))]['name']}: sample {self.at(i)[1]}"
+        k = int(np.searchsorted(self.ends, i, "right"))
+        return f"{self.shards[k]['name']}: sample {i - self.ends[k] + self.shards[k]['count']}"
 
     def texts(self, i):
         s, j = self.at(i)
@@ -980,7 +984,10 @@ def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("prepare", "verify"):
         import prepare
-        return getattr(prepare, command)(sys.argv[2:])
+        try:
+            return getattr(prepare, command)(sys.argv[2:])
+        except KeyboardInterrupt:
+            configs.fail("stopped; the same command goes on from here")
     if {"-h", "--help"} & set(sys.argv):
         return print(__doc__.strip(), "\n\nEvery other flag is of the recipe: train.py --help names them.")
     c = configs.parse(sys.argv[1:])
