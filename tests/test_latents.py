@@ -141,6 +141,22 @@ def test_make_dcae_writes_a_folder_that_trains_and_has_unit_variance(tmp_path):
         assert "tests/make_dcae.py" in subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", *wrong], capture_output=True, text=True).stderr
 
 
+def test_make_dcae_learns_from_stamps_where_installed_and_never_from_held_out_pictures(tmp_path, monkeypatch):
+    from PIL import Image
+    import data, make_dcae
+    c = configs.parse("--config=nitro_debug --data.subset=food --model.size=16".split())
+    monkeypatch.setattr(make_dcae, "STAMPS", tmp_path)
+    train, val = make_dcae.pictures(c)
+    assert len(train) == len(data.load(c)[0]) and len(val) == len(data.load(c)[1])
+    assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in val}
+    (tmp_path / "birds/photo").mkdir(parents=True)
+    Image.new("RGBA", (40, 30), (200, 10, 30, 255)).save(tmp_path / "birds/photo/red.png")
+    more, _ = make_dcae.pictures(c)
+    assert torch.equal(more[:-1], train) and (more[-1] == torch.tensor([200, 10, 30], dtype=torch.uint8)[:, None, None]).all()
+    x = train[:64] / 127.5 - 1
+    assert make_dcae.varied(x).shape == x.shape and make_dcae.varied(x).abs().max() <= 1 and torch.equal(make_dcae.varied(x)[:32], x[::2])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The text encoder
 
