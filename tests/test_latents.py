@@ -139,7 +139,10 @@ def test_make_dcae_writes_a_folder_that_trains_and_has_unit_variance(tmp_path):
     assert z.shape[1:] == (16, 4, 4) and abs(z.std() - 1) < 1e-3
     assert (tmp_path / "a/reconstructions.png").exists()
     for wrong in ([], ["--help"], [tmp_path / "a", tmp_path / "b"]):
-        assert "tests/make_dcae.py" in subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", *wrong], capture_output=True, text=True).stderr
+        assert "python tests/make_dcae.py" in subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", *wrong], capture_output=True, text=True).stderr
+    for wrong in ("--minutes=0", "--minutes=soon", "--model.sise=32"):
+        done = subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", tmp_path / "c", wrong], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_make_dcae_learns_from_stamps_where_installed_and_never_from_held_out_pictures(tmp_path, monkeypatch):
