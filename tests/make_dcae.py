@@ -89,14 +89,12 @@ def finish(model, val, out):
           f"PSNR {psnr.mean():.2f} dB, of the worst {psnr.min():.2f}, on {len(val)} held-out pictures")
 
 
-def run(words):
-    folder = [w for w in words if not w.startswith("-")]
-    minutes = dict(w[2:].split("=", 1) for w in words if w.startswith("--minutes="))
-    if len(folder) != 1 or "--help" in words:
-        raise SystemExit(__doc__)
-    rest = [w for w in words if w != folder[0] and not w.startswith("--minutes=")]
-    main(folder[0], configs.cast(minutes.get("minutes", "4"), float, "minutes"), configs.parse(["--config=nitro_debug", *rest]))
-
-
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    words = sys.argv[1:]
+    folders, minutes = [w for w in words if not w.startswith("-")], [w for w in words if w.startswith("--minutes=")]
+    if len(folders) != 1 or "--help" in words:
+        raise SystemExit(__doc__)
+    minutes = configs.cast(minutes[-1].split("=")[1] if minutes else "4", float, "minutes")
+    if not minutes > 0:
+        configs.fail("--minutes must be above zero")
+    main(folders[0], minutes, configs.parse(["--config=nitro_debug", *(w for w in words if w.startswith("-") and not w.startswith("--minutes="))]))

@@ -79,18 +79,19 @@ def test_so_many_pixels_at_a_time_change_nothing_but_the_memory(dcae):
         vae = pretrained.VAE(latent(path), "cpu", pixels=pixels)
         sizes = watched(vae)
         parts = vae.encode(x)
-        assert sizes == expected and (parts - z).abs().max() < 1e-5
-        assert (vae.decode(parts) - y).abs().max() < 1e-5 and sizes == expected * 2
+        assert sizes == expected and (parts - z).abs().max() < 1e-4
+        assert (vae.decode(parts) - y).abs().max() < 1e-4 and sizes == expected * 2
 
 
 def test_bf16_on_an_accelerator_is_close(dcae):
     """What a GPU runs, on the CPU: weights and activations in bf16, latents and pictures in fp32."""
     path, _ = dcae
+    torch.manual_seed(0)
     vae, x = pretrained.VAE(latent(path), "cpu"), torch.rand(2, 3, 16, 16) * 2 - 1
     z, y = vae.encode(x), vae.decode(vae.encode(x))
     vae.model.bfloat16()
     assert vae.encode(x).dtype == vae.decode(z).dtype == torch.float32
-    assert 0 < (vae.encode(x) - z).abs().max() < 0.05 * z.abs().max() and (vae.decode(z) - y).abs().max() < 0.05 * y.abs().max()
+    assert 0 < (vae.encode(x) - z).norm() < 0.1 * z.norm() and 0 < (vae.decode(z) - y).norm() < 0.1 * y.norm()
 
 
 def test_an_autoencoder_that_does_not_fit_is_one_line(dcae, tmp_path):
@@ -138,7 +139,26 @@ def test_make_dcae_writes_a_folder_that_trains_and_has_unit_variance(tmp_path):
     assert z.shape[1:] == (16, 4, 4) and abs(z.std() - 1) < 1e-3
     assert (tmp_path / "a/reconstructions.png").exists()
     for wrong in ([], ["--help"], [tmp_path / "a", tmp_path / "b"]):
-        assert "tests/make_dcae.py" in subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", *wrong], capture_output=True, text=True).stderr
+        assert "python tests/make_dcae.py" in subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", *wrong], capture_output=True, text=True).stderr
+    for wrong in ("--minutes=0", "--minutes=soon", "--model.sise=32"):
+        done = subprocess.run([sys.executable, ROOT / "tests/make_dcae.py", tmp_path / "c", wrong], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_make_dcae_learns_from_stamps_where_installed_and_never_from_held_out_pictures(tmp_path, monkeypatch):
+    from PIL import Image
+    import data, make_dcae
+    c = configs.parse("--config=nitro_debug --data.subset=food --model.size=16".split())
+    monkeypatch.setattr(make_dcae, "STAMPS", tmp_path)
+    train, val = make_dcae.pictures(c)
+    assert len(train) == len(data.load(c)[0]) and len(val) == len(data.load(c)[1])
+    assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in val}
+    (tmp_path / "birds/photo").mkdir(parents=True)
+    Image.new("RGBA", (40, 30), (200, 10, 30, 255)).save(tmp_path / "birds/photo/red.png")
+    more, _ = make_dcae.pictures(c)
+    assert torch.equal(more[:-1], train) and (more[-1] == torch.tensor([200, 10, 30], dtype=torch.uint8)[:, None, None]).all()
+    x = train[:64] / 127.5 - 1
+    assert make_dcae.varied(x).shape == x.shape and make_dcae.varied(x).abs().max() <= 1 and torch.equal(make_dcae.varied(x)[:32], x[::2])
 
 
 # ------------------------------------------------------------------------------------------------------------------
