@@ -376,10 +376,15 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def frozen(c, device, weights=True):
-    """The networks that turn images and captions into what a step works on: encode, teacher, vae; none where not needed."""
-    encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device, weights)
-    return encode, pretrained.teacher(c, device, weights) if c.align.teacher else None, pretrained.VAE(c, device, weights) if c.latent.vae else None
+def frozen(c, device, has=(), weights=True):
+    """The networks that make of images and captions what a step works on: encode, teacher, vae; none where not needed, or where
+    batches `has` what they would make. The autoencoder is wanted even then, on rank 0, to look at pictures."""
+    encode = None if c.text.encoder == "bpe" or "text" in has else pretrained.text_encoder(c, device, weights)
+    if c.align.teacher and "latent" in has and "teacher" not in has:
+        fail(f"{c.data.source} holds no features of --teacher={c.align.teacher}: prepare it with them, or train without, --teacher=")
+    teacher = pretrained.teacher(c, device, weights) if c.align.teacher and "teacher" not in has else None
+    wanted = c.latent.vae and ("latent" not in has or os.environ.get("RANK", "0") == "0")
+    return encode, teacher, pretrained.VAE(c, device, weights) if wanted else None
 
 
 def build(c, device, align_dim):
@@ -428,13 +433,10 @@ def train(c):
         fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    null = getattr(dataset, "null", None)                                                                 # of prepared data: its states of ""
-    prepared = null is not None
-    if not prepared:
-        encode, teacher, vae = frozen(c, device)
-    else:
-        encode, teacher, vae = None, None, pretrained.VAE(c, device) if rank == 0 and c.latent.vae else None
-    align_dim = teacher.dim if teacher else data.teacher_dim(dataset, c) if prepared and c.align.teacher else 0
+    first = dataset.get(0, 0)[0]
+    has = first if isinstance(first, dict) else {}                                                        # what `data.py prepare` made: see data.py
+    encode, teacher, vae = frozen(c, device, has)
+    align_dim = teacher.dim if teacher else has["teacher"].shape[1] if "teacher" in has else 0
     perceptual = pretrained.perceptual(c, device)
     model, ema, optimizer = build(c, device, align_dim)
     step, source = resume(folder, c, model, ema, optimizer, device)
@@ -445,8 +447,8 @@ def train(c):
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
             pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
-    if prepared:
-        null = null[None], torch.ones(1, len(null), dtype=torch.bool)
+    if "text" in has:
+        null = dataset.null[None], torch.ones(1, len(dataset.null), dtype=torch.bool)
         tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
             recalled(held_out, null, min(8, len(held_out)))
     else:
@@ -454,7 +456,7 @@ def train(c):
         null = tokenize([""])
     null = tuple(F.pad(a, (0, 0) * (a.ndim - 2) + (0, max(0, c.text.length - a.shape[1]))) for a in null)       # as wide as any batch
     here = tuple(a.to(device) for a in null)
-    lengths = next(data.fixed_batches(held_out, tokenize, 256, 256))["mask"].sum(1) if prepared else \
+    lengths = next(data.fixed_batches(held_out, tokenize, 256, 256))["mask"].sum(1) if "text" in has else \
         tokenize([dataset.captions[i][0] for i in range(min(2000, len(dataset)))])[1].sum(1)
     if cut := int((lengths == c.text.length).sum()):
         say(f"{cut} of {len(lengths)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
@@ -563,7 +565,7 @@ def bench(c, repeats=20):
         return run
 
     prepared = c.latent.vae and c.data.source != "emoji"                                                  # latents and states come from shards
-    encode, teacher, vae = (None, None, None) if prepared else frozen(c, device, weights=False)
+    encode, teacher, vae = (None, None, None) if prepared else frozen(c, device, (), weights=False)
     align_dim = pretrained.teacher_dim(c, weights=False) if c.align.teacher else 0
     perceptual = pretrained.perceptual(c, device, weights=False)
     model, ema, optimizer = build(c, device, align_dim)

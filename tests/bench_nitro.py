@@ -73,7 +73,7 @@ def main():
             for _ in range(3):
                 step(*case)
         rounds = [{name: min(step(*case) for _ in range(3)) for name, case in cases.items()} for _ in range(a.repeats)]
-        print(f"{kind}: width {a.width}, depth {a.depth}, {a.tokens} image tokens, captions of {lengths.float().mean():.0f} of {a.text} tokens, batch {a.batch}, "
+        print(f"{kind}: width {a.width}, depth {a.depth}, {a.tokens} tokens, captions of {lengths.float().mean():.0f} of {a.text} tokens, batch {a.batch}, "
               f"{str(dtype)[6:]}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {a.repeats} rounds, best of 3 in each")
         for name in cases:
             ratios = [r["dense"] / r[name] for r in rounds]

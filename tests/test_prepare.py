@@ -600,3 +600,65 @@ def test_help():
     for args, words in ((["--help"], ["prepare", "verify", "tars"]), (["prepare", "--help"], ["--fp8", "--features=no", "--shard=4096", "torchrun"])):
         out = subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True)
         assert out.returncode == 0 and all(word in out.stdout for word in words)
+
+
+# Trained on
+
+TRAIN = ["--train.images=16", "--train.val_images=4", "--train.eval_every=0", "--train.log_every=1", "--train.compile=no", "--train.precision=fp32",
+         "--model.kind=dit", "--model.route=1,none,0.5", "--flow.prediction=v", "--optim.warmup=8", "--sample.steps=2"]
+
+
+def test_training_on_shards_is_training_on_the_images(hub, source, shards):
+    """One micro-batch: the loss and REPA's part are those of online encoding to 1e-3, as text is stored in bf16 and latents in fp16;
+    and exactly, to the last bit, where the online networks' outputs are rounded like that."""
+    import train
+    c, p = both(hub, source, shards, "--text.dim=16", *TRAIN)
+    tok = pretrained.tokenizer(c)
+    encode, teacher, vae = train.frozen(c, torch.device("cpu"))
+    model = train.build(c, torch.device("cpu"), teacher.dim)[0]
+    with torch.no_grad():
+        for q in model.parameters():
+            q.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+
+    class Rounded:
+        encode = staticmethod(lambda x: vae.encode(x).half().float())
+
+    def parts(c, dataset, tokenize, null, *networks):
+        batch = train.place(c, next(data.batches(dataset, tokenize, c)), null, "cpu")
+        return train.losses(c, model, batch, null, networks[0], networks[1], torch.Generator().manual_seed(0), networks[2])[1]
+    pad = lambda a: torch.nn.functional.pad(a, (0, 0) * (a.ndim - 2) + (0, c.text.length - a.shape[1]))
+    (online, _), (stored, _) = data.load(c), data.load(p)
+    ids = tuple(map(pad, tok([""])))
+    null = pad(stored.null[None]), pad(torch.ones(1, len(stored.null), dtype=torch.bool))
+    want = parts(c, online, tok, ids, encode, teacher, vae)
+    got = parts(p, stored, None, null, *train.frozen(p, torch.device("cpu"), stored.get(0, 0)[0]))
+    rounded = parts(c, online, tok, ids, lambda i, m: encode(i, m).bfloat16().float(), lambda x: teacher(x).bfloat16(), Rounded)
+    for name in ("loss", "align"):
+        assert abs(got[name] - want[name]) < 1e-3 * abs(want[name]) and got[name] == rounded[name], name
+
+
+def test_train_and_resume_on_shards_without_the_text_encoder(hub, source, shards, tmp_path, capsys):
+    """The command as a user types it: no text encoder or teacher is loaded, the grid is of held-out captions, and it resumes."""
+    import train
+    p = both(hub, source, shards, *TRAIN)[1]
+    flags = [*latent(hub, f"--data={shards}", *TRAIN, teacher=True)]
+    moved = hub.parent / "away"
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for name in ("llama", "dino"):                          # config.json stays, weights are gone
+        for file in (hub / name).glob("*.safetensors"):
+            moved.mkdir(exist_ok=True), file.rename(moved / f"{name}-{file.name}")
+    try:
+        train.main([*flags, f"--out={whole}"])
+        train.main([*flags, f"--out={part}", "--train.images=8"])
+        train.main([*flags, f"--out={part}"])
+    finally:
+        for file in moved.iterdir():
+            name, original = file.name.split("-", 1)
+            file.rename(hub / name / original)
+    losses = [[row["loss"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row] for out in (whole, part)]
+    assert len(losses[0]) == 2 and losses[0] == losses[1] and list((whole / "samples").glob("*.png"))
+    from safetensors.torch import load_file
+    a, b = (load_file(next(iter(sorted(out.glob("step_*"), reverse=True))) / "model.safetensors") for out in (whole, part))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(SystemExit, match="holds no features"):
+        train.frozen(p, torch.device("cpu"), {"latent": 0, "text": 0})
