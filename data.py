@@ -801,21 +801,22 @@ def prepared(root, c, bad):
         configs.fail(f"{root} has a damaged index.json or null.safetensors ({reason(error)}): delete the first and run the same data.py prepare again")
     if version != VERSION:
         configs.fail(f"{root} is of version {version} of the format, this code of {VERSION}: prepare it again")
-    differ = [f"--{key}={was[key]} (now {value})" for key, value in fingerprint(c).items() if matters(key, c, was) and was[key] != value]
-    if differ:
-        configs.fail(f"{root} was prepared with {', '.join(differ)}: give those, or prepare it again with what you want")
+    now = fingerprint(c)
+    differ = [key for key in now if was[key] != now[key]]
+    if wrong := [f"--{key}={was[key]} (now {now[key]})" for key in differ if matters(key, c, was)]:
+        configs.fail(f"{root} was prepared with {', '.join(wrong)}: give those, or prepare it again with what you want")
     whole = []
-    for shard in shards:
+    for shard in (shard for shard in shards if shard["count"]):
         bad.total += shard["count"]
         if why := damage(root, shard):
             bad.late[shard["name"]], bad.unnamed = why, bad.unnamed + shard["count"] - 1
-        elif shard["count"]:
+        else:
             whole.append(shard)
     bad.note(what="samples")
     train, val = ([shard for shard in whole if shard["split"] == split] for split in ("train", "val"))
     if not train:
         configs.fail(f"{root} has no sound shard to train on")
-    features = bool(c.align.teacher and was["align.teacher"])
+    features = bool(c.align.teacher) and not any(key == "model.patch" or key.startswith("align.") for key in differ)
     return tuple(Shards(root, side, c, null, features, bad) for side in (train, val or train))
 
 

@@ -198,7 +198,8 @@ def write(root, shard, tensors, bad):
     if tensors:
         with atomic(path) as part:
             save_file(tensors, part)
-        record |= {"count": len(tensors["crc"]), "bytes": path.stat().st_size, "edges": edges(path), "sha256": sha256(path)}
+        record |= {"count": len(tensors["crc"]), "bytes": path.stat().st_size, "edges": edges(path), "sha256": sha256(path),
+                   "captions": len(tensors["length"]), "tokens": int(tensors["length"].sum())}
     with atomic(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(record))
 
@@ -216,12 +217,13 @@ def conclude(root, plan, about, bad, rank):
     records = [json.loads(file.read_text()) for file in files]
     for record in records:
         bad.note(record.pop("bad"))
-    count, size = (sum(record[key] for record in records) for key in ("count", "bytes"))
+    count, size, captions, tokens = (sum(record.get(key, 0) for record in records) for key in ("count", "bytes", "captions", "tokens"))
     if not count:
         configs.fail(f"no image of {bad.source} could be prepared")
     with atomic(root / "index.json", rank) as part:
         part.write_text(json.dumps({**about, "shards": records}, indent=1))
-    print(f"{root}: {count} images in {len(records)} shards, {size / count:,.0f} bytes each" + (f", {len(bad)} skipped" if bad else ""))
+    print(f"{root}: {count} images in {len(records)} shards, {size / count:,.0f} bytes each, {captions / count:.3g} captions each" +
+          (f" of {tokens / captions:.3g} tokens" if tokens else "") + (f", {len(bad)} skipped" if bad else ""))
 
 
 def verify(argv):

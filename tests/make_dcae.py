@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ NOISE, PRIOR = 0.1, 0.01                                    # of the latents: ad
 
 def autoencoder(channels):
     """As DC-AE's first stages, thinner: no block at the full size, residual blocks below."""
+    from diffusers import AutoencoderDC
     both = dict(block_types="ResBlock", block_out_channels=WIDTHS, layers_per_block=(0, 1, 1, 1), qkv_multiscales=((),) * 4)
     return AutoencoderDC(latent_channels=channels, **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()})
 
@@ -89,8 +89,7 @@ def finish(model, val, out):
           f"PSNR {psnr.mean():.2f} dB, of the worst {psnr.min():.2f}, on {len(val)} held-out pictures")
 
 
-if __name__ == "__main__":
-    words = sys.argv[1:]
+def run(words):
     folders, minutes = [w for w in words if not w.startswith("-")], [w for w in words if w.startswith("--minutes=")]
     if len(folders) != 1 or "--help" in words:
         raise SystemExit(__doc__)
@@ -98,3 +97,7 @@ if __name__ == "__main__":
     if not minutes > 0:
         configs.fail("--minutes must be above zero")
     main(folders[0], minutes, configs.parse(["--config=nitro_debug", *(w for w in words if w.startswith("-") and not w.startswith("--minutes="))]))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

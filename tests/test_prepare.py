@@ -173,6 +173,15 @@ def test_pixels_and_own_text(source, tmp_path):
         assert torch.equal(a["image"], b["image"]) and torch.equal(a["ids"], b["ids"]) and b["image"].dtype == torch.uint8
 
 
+def test_features_of_another_teacher_are_not_used(hub, source, tmp_path):
+    """With pixels at hand features are a convenience: those of the same teacher, layer and grid are given, others are not."""
+    flags = ["--config=debug", f"--teacher={hub / 'dino'}", "--align.block=2"]
+    prepare(*flags, f"--source={source}", f"--out={tmp_path / 'out'}")
+    keys = lambda *more: run(data.load(c := configs.parse([*flags, f"--data={tmp_path / 'out'}", *more]))[0], c, 1)[0].keys()
+    assert keys() == {"image", "ids", "mask", "caption", "teacher"}
+    assert keys("--align.layer=1") == keys("--model.patch=16") == keys("--teacher=") == {"image", "ids", "mask", "caption"}
+
+
 def test_emoji_can_be_prepared(hub, tmp_path):
     flags = latent(hub, "--data=emoji", "--data.subset=food", "--text=bpe")
     prepare(*flags, f"--out={tmp_path / 'out'}")
@@ -234,7 +243,7 @@ def test_bad_images_are_skipped_and_counted(hub, tmp_path, capsys):
     root = pictures(tmp_path / "images")
     for name in ("004.png", "007.jpg"):                                         # the headers stay in order
         (root / name).write_bytes((root / name).read_bytes()[:700])
-    flags = latent(hub, f"--source={root}", f"--out={tmp_path / 'out'}", "--shard=5")
+    flags = latent(hub, f"--source={root}", f"--out={tmp_path / 'out'}", "--shard=1")        # so that two shards stay empty
     one_line(lambda: prepare(*flags), "of 24 images", "--data.max_bad")
     capsys.readouterr()
     prepare(*flags, "--data.max_bad=0.2")
@@ -244,7 +253,8 @@ def test_bad_images_are_skipped_and_counted(hub, tmp_path, capsys):
     one_line(lambda: prepare(*flags), "of 24 images", "--data.max_bad")
     c = configs.parse(latent(hub, f"--data={tmp_path / 'out'}"))
     train, val = data.load(c)
-    assert len(train) + len(val) == 22
+    assert len(train) + len(val) == 22 and not train.bad
+    writer.verify([f"--source={tmp_path / 'out'}"])
 
 
 # What is wrong with shards
