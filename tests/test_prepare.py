@@ -619,8 +619,7 @@ TRAIN = ["--train.images=16", "--train.val_images=4", "--train.eval_every=0", "-
 
 
 def test_training_on_shards_is_training_on_the_images(hub, source, shards):
-    """One micro-batch: the loss and REPA's part are those of online encoding to 1e-3, as text is stored in bf16 and latents in fp16;
-    and exactly, to the last bit, where the online networks' outputs are rounded like that."""
+    """One micro-batch, fp32: the loss and REPA's part are those of online encoding; text is stored in bf16 and latents in fp16."""
     import train
     c, p = both(hub, source, shards, "--text.dim=16", *TRAIN)
     tok = pretrained.tokenizer(c)
@@ -629,9 +628,6 @@ def test_training_on_shards_is_training_on_the_images(hub, source, shards):
     with torch.no_grad():
         for q in model.parameters():
             q.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-
-    class Rounded:
-        encode = staticmethod(lambda x: vae.encode(x).half().float())
 
     def parts(c, dataset, tokenize, null, *networks):
         batch = train.place(c, next(data.batches(dataset, tokenize, c)), null, "cpu")
@@ -642,9 +638,8 @@ def test_training_on_shards_is_training_on_the_images(hub, source, shards):
     null = pad(stored.null[None]), pad(torch.ones(1, len(stored.null), dtype=torch.bool))
     want = parts(c, online, tok, ids, encode, teacher, vae)
     got = parts(p, stored, None, null, *train.frozen(p, torch.device("cpu"), stored.get(0, 0)[0]))
-    rounded = parts(c, online, tok, ids, lambda i, m: encode(i, m).bfloat16().float(), lambda x: teacher(x).bfloat16(), Rounded)
     for name in ("loss", "align"):
-        assert abs(got[name] - want[name]) < 1e-3 * abs(want[name]) and got[name] == rounded[name], name
+        assert abs(got[name] - want[name]) < 1e-4 * abs(want[name]), name
 
 
 def test_train_and_resume_on_shards_without_the_text_encoder(hub, source, shards, tmp_path, capsys):
