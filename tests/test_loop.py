@@ -481,7 +481,7 @@ def test_repa_trains_resumes_and_leaves_no_head_in_the_average(vision, tmp_path,
     monkeypatch.setattr(train, "losses", watched)
     capsys.readouterr()
     run(tmp_path / "next", f"--init={whole}", "--train.images=8")
-    assert "dropped the REPA head (6 tensors)" in capsys.readouterr().out
+    assert "dropped its REPA head (6 tensors)" in capsys.readouterr().out
     theirs = load_file(newest(whole) / "model.safetensors")
     assert set(theirs) - set(first[0]) == {k for k in theirs if k.startswith("align.")}
     assert all(torch.equal(v, theirs[k]) for k, v in first[0].items())

@@ -180,7 +180,7 @@ def test_start_from_another_run_and_drop_the_repa_head(whole, tmp_path):
     assert rows(tmp_path / "repa")[-2]["align"] != 0
     run(*repa, "--train.images=96")                                             # and it resumes
     out, err = run(f"--init={tmp_path / 'repa'}", f"--out={tmp_path / 'next'}", "--train.images=16", "--optim.lr=0", "--optim.adam_lr=0")
-    assert "dropped the REPA head (6 tensors)" in out + err
+    assert "dropped its REPA head (6 tensors)" in out + err
     before, after = load_file(tmp_path / "repa/step_00000006/model.safetensors"), load_file(tmp_path / "next/step_00000001/model.safetensors")
     assert set(before) - set(after) == {k for k in before if k.startswith("align.")} and all(torch.equal(after[k], before[k]) for k in after)
 
