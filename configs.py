@@ -265,7 +265,7 @@ nitro_512 = Config(
     flow=Flow(prediction="v", shift=1.0, uniform=0.0),
     align=Align(teacher="facebook/dinov2-base", block=8, size=224, hidden=2048),
     optim=Optim(name="adamw", adam_lr=3e-4, beta2=0.999, eps=1e-10, decay=0.03, warmup=1_024_000, clip=0.5, ema=0.9999),     # AMD: no EMA here
-    train=Train(images=204_800_000, batch=2048, micro_batch=256, eval_every=2_048_000, save_every=2_048_000, keep_every=20_480_000, val_images=1024),
+    train=Train(images=204_800_000, batch=2048, micro_batch=64, eval_every=2_048_000, save_every=2_048_000, keep_every=20_480_000, val_images=1024),
     sample=Sample(steps=20, guidance=4.0, sampler="euler"),
 )
 

@@ -203,7 +203,7 @@ def text_encoder(c, device, weights=True):
     @torch.no_grad()
     def encode(ids, mask):
         return model(input_ids=ids.to(device), attention_mask=mask.to(device).long()).last_hidden_state
-    encode.dim = dim
+    encode.dim, encode.model = dim, model
     return encode
 
 
@@ -264,7 +264,7 @@ def teacher(c, device, weights=True):
             h = h.mT.unflatten(2, (down, across))           # (B, D, down, across)
             h = F.interpolate(h, (rows, cols), mode="bilinear", antialias=True).flatten(2).mT
         return h                                            # (B, N, D)
-    features.dim = config.hidden_size
+    features.dim, features.model = config.hidden_size, model
     return features
 
 
@@ -288,6 +288,8 @@ class VAE:
             if missing := sorted(info["missing_keys"]):     # diffusers would go on with random numbers in their place
                 fail(f"{flag}={name} lacks {len(missing)} weights of AutoencoderDC: {', '.join(missing[:3])}, ...")
         else:
+            if not os.path.isdir(name) and name != configs.nitro_512.latent.vae:
+                fail(f"{flag}={name}: no such folder")
             config = AutoencoderDC.load_config(name) if os.path.isdir(name) else DC_AE
             with torch.device(device):
                 self.model = AutoencoderDC.from_config(config)
@@ -450,6 +452,7 @@ def lpips(c, device, weights=True):
         with torch.no_grad():
             theirs = see(b)
         return stages_apart(see(a), theirs, heads)
+    distance.model = model
     return distance
 
 
@@ -466,6 +469,7 @@ def effnet(c, device, weights=True):
         with torch.no_grad():
             theirs = see(b)
         return stages_apart(see(a), theirs, [0.2] * 5)
+    distance.model = model
     return distance
 
 
@@ -494,6 +498,7 @@ def dino(c, device, weights=True):
         with torch.no_grad():
             theirs = see(b)
         return 1 - torch.cosine_similarity(see(a), theirs, dim=-1).mean(1)
+    distance.model = model
     return distance
 
 

@@ -4,6 +4,7 @@
     python train.py --config=emoji --data=path/to/images --out=runs/mine
     torchrun --nproc_per_node=8 train.py --config=prx_512 --data=path/to/images
     python train.py --bench=emoji                                   # where the time of a step goes (or --bench=all)
+    python train.py --config=prx_512 --plan                         # what it will take: FLOPs, memory, hours, dollars
     python train.py --help
 """
 import os
@@ -627,6 +628,9 @@ def bench(c, repeats=20):
 
 
 def main(argv):
+    if "--plan" in argv:
+        import plan
+        return plan.main(argv)
     wanted = next((a.split("=", 1)[1] for a in argv if a.startswith("--bench=")), None)
     if wanted is None:
         try:
