@@ -77,7 +77,7 @@ def test_activations_are_what_autograd_keeps():
     assert abs(per_image("cpu") / per_image("meta") - 1) < 0.3                 # attention has another form on CPU
 
 
-@pytest.mark.parametrize("flag, words", [("--device=z80", "a100, h100"), ("--gpus=0", "above zero"), ("--gpus=many", "wants int"), ("--pirce=3", "unknown key")])
+@pytest.mark.parametrize("flag, words", [("--device=z80", "a100, h100"), ("--gpus=0", "above zero"), ("--gpus=x", "wants int"), ("--pirce=3", "unknown key")])
 def test_mistakes_are_one_line(flag, words):
     with pytest.raises(SystemExit, match=words):
         train.main(["--plan", "--config=debug", flag])
