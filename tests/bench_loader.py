@@ -101,7 +101,7 @@ def main():
         for kind in ("tars", "shards0"):
             marks = [args.samples * k // 5 // 64 * 64 for k in range(1, 6)]
             _, found = loaded(configs.parse([*flags, f"--data={home / kind}", "--data.workers=2"]), args.samples, marks)
-            print(f"memory of {kind}, 2 workers:", "; ".join(f"{own:.0f} MiB + {files:.0f} of files after {n}" for (own, files), n in zip(found, marks)))
+            print(f"memory of {kind}, 2 workers:", "; ".join(f"{own:.1f} MiB + {files:.1f} of files after {n}" for (own, files), n in zip(found, marks)))
 
 
 if __name__ == "__main__":
