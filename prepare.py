@@ -154,14 +154,11 @@ def encoder(c, fp8, root, rank):
 
     def encode(image, captions):
         out, x = {"captions": captions}, image.to(device).float() / 127.5 - 1
-        h, w = (side // (c.latent.factor * c.model.patch) for side in image.shape[2:])
         out["latent" if vae else "image"] = vae.encode(x).half().cpu() if vae else image
         if tokenize:
             out["text"], out["tokens"], out["length"] = (a.cpu() for a in read([t for texts in captions for t in texts]))
         if teacher:
             out["teacher"] = teacher(x).bfloat16().cpu()                                # (b, N, D)
-            if out["teacher"].shape[1] != h * w:
-                configs.fail(f"align.teacher gives {out['teacher'].shape[1]} features for {h} x {w} tokens: prepare with --features=no or without data.buckets")
         for key in ("text", "teacher", "latent"):
             if key in out and not out[key].isfinite().all():
                 configs.fail(f"the encoder of {key} gave numbers that are not finite; the first caption of that batch: {captions[0][0]!r}")

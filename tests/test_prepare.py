@@ -391,20 +391,17 @@ def test_buckets_of_a_folder(source):
 
 def test_prepared_buckets_equal_online(hub, source, tmp_path):
     flags = ["--data.buckets=yes", "--model.size=64", "--data.workers=1"]
-    prepare(*latent(hub, f"--source={source}", f"--out={tmp_path / 'out'}", "--shard=3", *flags))
-    c, p = both(hub, source, tmp_path / "out", *flags[:2], teacher=False)
-    vae = pretrained.VAE(c, "cpu")
+    prepare(*latent(hub, f"--source={source}", f"--out={tmp_path / 'out'}", "--shard=3", *flags, teacher=True))
+    c, p = both(hub, source, tmp_path / "out", *flags[:2])
+    vae, teacher = pretrained.VAE(c, "cpu"), pretrained.teacher(c, "cpu")
     online, train = data.load(c)[0], data.load(p)[0]
     assert train.shapes == online.shapes and train.streams == online.streams and len(train.shapes) > 3
     for a, b in zip(run(online, c, 10), run(train, p, 10)):
-        want = vae.encode(a["image"].float() / 127.5 - 1)
+        x = a["image"].float() / 127.5 - 1
+        want = vae.encode(x)
         assert a["caption"] == b["caption"] and b["latent"].shape == want.shape and (b["latent"] - want).abs().max() < 1e-3 * want.abs().max()
+        assert torch.cosine_similarity(b["teacher"].float(), teacher(x), dim=-1).min() > 0.9999            # on the bucket's own grid
     assert len({b["latent"].shape for b in run(train, p, 10)}) > 3
-
-
-def test_features_of_buckets_that_do_not_fit_are_refused(hub, source, tmp_path):
-    one_line(lambda: prepare(*latent(hub, f"--source={source}", f"--out={tmp_path / 'out'}", "--data.buckets=yes", "--model.size=64", teacher=True)),
-             "features", "--features=no")
 
 
 # Turns and mixtures
