@@ -664,3 +664,14 @@ def test_train_and_resume_on_shards_without_the_text_encoder(hub, source, shards
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(SystemExit, match="holds no features"):
         train.frozen(p, torch.device("cpu"), {"latent": 0, "text": 0})
+
+
+def test_training_on_buckets(source, tmp_path):
+    """Pixels, five shapes, TREAD: every micro-batch has one of them, the loss is finite, and two halves make the whole."""
+    import train
+    flags = ["--config=debug", f"--data={source}", "--data.buckets=yes", "--model.size=64", "--train.batch=8", "--train.micro_batch=4",
+             *[flag for flag in TRAIN if not flag.startswith(("--model", "--flow"))], "--model.route=1,2,0.5"]
+    for out, images in (("whole", 32), ("part", 16), ("part", 32)):
+        train.main([*flags, f"--out={tmp_path / out}", f"--train.images={images}"])
+    losses = [[row["loss"] for row in map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines()) if "loss" in row] for out in ("whole", "part")]
+    assert len(losses[0]) == 4 and losses[0] == losses[1] and all(np.isfinite(losses[0]))
