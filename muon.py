@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 from kernels import newton_schulz
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor          # its name before torch 2.13
 Piece = namedtuple("Piece", "p first rows home")            # rows [first, first + rows) of p; home: (replica, shard)
 
 
@@ -43,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     (replicas, shards), none for one process. Gradients are reduced before `step`, and on every replica the same."""
 
     def __init__(self, groups, momentum=0.95, ns="quintic", ns_dtype=torch.bfloat16, split=True, beta1=0.9, beta2=0.95, eps=1e-8, mesh=None):
-        self.momentum, self.ns, self.ns_dtype, self.betas, self.eps = momentum, ns, ns_dtype, (beta1, beta2), eps
+        self.momentum, self.ns, self.ns_dtype, self.betas, self.eps, self.mesh = momentum, ns, ns_dtype, (beta1, beta2), eps, mesh
         self.replicas, self.shards = mesh.shape if mesh else (1, 1)
         self.replica, self.shard = mesh.get_coordinate() if mesh else (0, 0)
         self.across, self.within = mesh.get_all_groups() if mesh else (None, None)
@@ -142,7 +143,7 @@ class Muon(torch.optim.Optimizer):
             sent = flat(parts, p, self.ns_dtype)
             sent = F.pad(sent, (0, longest - len(sent)))
             got = sent.new_empty(self.replicas * longest)
-            work = dist.all_gather_single(got, sent, self.across, async_op=True)
+            work = all_gather(got, sent, self.across, async_op=True)
             yield
             work.wait()
             parts = [x for row, s in zip(got.split(longest), sizes) for x in unflat(row[:sum(s)], [s])[0]]
@@ -154,16 +155,17 @@ class Muon(torch.optim.Optimizer):
         got = sent.new_empty(sum(map(sum, here)))
         return got, dist.all_to_all_single(got, sent, [sum(s) for s in here], [sum(s) for s in away], self.within, async_op=True)
 
-    def share(self, x):
-        """This replica's share of what this shard holds of x: a flat view."""
-        x = local(x).view(-1)
-        size = -(-len(x) // self.replicas)
-        return x[self.replica * size:(self.replica + 1) * size]
+    def extent(self, x, whole=False):
+        """(start, flat view): this replica's share of the rows of x that this shard holds, or all of them, and where in the
+        flattened x it starts. Together the ranks' shares are all of x, once."""
+        part = local(x).view(-1)
+        start = self.shard * -(-x.shape[0] // self.shards) * x.shape[1:].numel() if isinstance(x, DTensor) else 0
+        size = -(-len(part) // self.replicas)
+        first = 0 if whole else self.replica * size
+        return start + first, part if whole else part[first:first + size]
 
-    def begin(self, p):
-        """Where that share begins in the flattened p."""
-        rows, size = -(-p.shape[:1].numel() // self.shards), -(-local(p).numel() // self.replicas)
-        return self.shard * rows * p.shape[1:].numel() + self.replica * size
+    def share(self, x):
+        return self.extent(x)[1]
 
     def moments(self, p):
         part, s = self.share(p), self.state[p]
@@ -180,7 +182,7 @@ class Muon(torch.optim.Optimizer):
             sizes = [-(-local(p).numel() // self.replicas) for p in params]
             sent = torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(parts, sizes)])
             got = sent.new_empty(self.replicas * len(sent))
-            dist.all_gather_single(got, sent, self.across)
+            all_gather(got, sent, self.across)
             for p, x in zip(params, got.view(self.replicas, -1).split(sizes, 1)):
                 local(p).view(-1).copy_(x.flatten()[:local(p).numel()])
 
@@ -192,7 +194,7 @@ class Muon(torch.optim.Optimizer):
                 if group["kind"] == "muon":
                     yield from ((p, "momentum", self.span(b, self.shard)[0] * p.shape[1], m.view(-1)) for b, m in self.averages(p))
                 else:
-                    yield from ((p, name, self.begin(p) if name != "step" else 0, x.view(-1)) for name, x in self.moments(p).items())
+                    yield from ((p, name, self.extent(p)[0] if name != "step" else 0, x.view(-1)) for name, x in self.moments(p).items())
 
 
 def build(model, o, mesh=None):
@@ -205,4 +207,4 @@ def build(model, o, mesh=None):
               dict(params=rest, kind="adamw", base_lr=o.adam_lr, decay=0.0)]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters()}), "every parameter is in exactly one group"
-    return Muon([g for g in groups if g["params"]], o.momentum, o.ns, torch.bfloat16, o.split, o.beta1, o.beta2, o.eps, mesh)
+    return Muon([g for g in groups if g["params"]], o.momentum, o.ns, torch.float32 if o.ns_dtype == "fp32" else torch.bfloat16, o.split, o.beta1, o.beta2, o.eps, mesh)

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -32,7 +33,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -80,13 +84,74 @@ def compute_dtype(c, device):
     return torch.bfloat16 if c.train.precision == "bf16" or c.train.precision == "auto" and fast else torch.float32
 
 
+def mesh_of(c, model, device, world):
+    """The grid of ranks, replicas x shards: ddp is (world, 1), fsdp (1, world). None for one process."""
+    mode, size = c.train.parallel, c.train.shard or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if mode == "auto":
+        mode = "ddp" if sum(p.numel() for p in model.parameters()) < 2e9 else "fsdp"
+    if mode == "hsdp" and (world % size or not 1 < size < world):
+        fail(f"hsdp shares the weights among --train.shard={size} ranks and repeats that: {world} ranks must be two or more times a --train.shard above 1")
+    shards = {"ddp": 1, "fsdp": world, "hsdp": size}[mode]
+    return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replica", "shard")) if world > 1 else None
+
+
+def blocks_of(model):
+    return [*model.blocks, *(model.text.blocks if model.text else [])]
+
+
+def shard(c, model, mesh):
+    """FSDP2: every rank keeps some rows of each weight, as fp32; a block's are gathered, as its products want them, while it runs."""
+    pieces = {name: p.pieces for name, p in model.named_parameters() if hasattr(p, "pieces")}
+    policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.bfloat16 if c.train.reduce == "bf16" else torch.float32, cast_forward_inputs=False)
+    options = dict(mesh=mesh if mesh.shape[0] > 1 else mesh["shard"], reshard_after_forward=True)
+    if model.align:                                                                                       # its products are fp32
+        fully_shard(model.align, mp_policy=policy(None), **options)
+    for part in (*blocks_of(model), model):
+        fully_shard(part, mp_policy=policy(None if model.dtype == torch.float32 else model.dtype), **options)
+    for name, p in model.named_parameters():
+        if name in pieces:
+            p.pieces = pieces[name]
+
+
+@contextmanager
+def whole(net):
+    """All weights gathered for a while: then each rank may call the network as often as it likes, in whatever order."""
+    parts = [m for m in net.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield net
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def bf16_reduce(group, bucket):
+    """DDP's hook for --train.reduce=bf16: the mean over the ranks, summed as bf16."""
+    sent = bucket.buffer().div(dist.get_world_size(group)).bfloat16()
+    return dist.all_reduce(sent, group=group, async_op=True).get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+def clip(params, limit, mesh):
+    """torch's clip_grad_norm_, by the norm over all shards in one message. -> the norm, 0-d"""
+    grads = [muon.local(p.grad) for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if mesh and mesh.shape[1] > 1:
+        square = norm.square()
+        dist.all_reduce(square, group=mesh.get_group("shard"))
+        norm = square.sqrt()
+    if limit:
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def compile_blocks(c, model, device):
     """One compiled graph serves all blocks: seconds to compile, not minutes. Routing's gather and scatter stay outside."""
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     able = device.type == "cuda" or headers and any(map(shutil.which, ("g++", "clang++")))
     if c.train.compile == "yes" or c.train.compile == "auto" and able:
         torch._dynamo.config.recompile_limit = 64                           # one graph per length of the text, in steps of 8
-        for block in [*model.blocks, *(model.text.blocks if model.text else [])]:
+        for block in blocks_of(model):
             block.compile(dynamic=False)
         return True
     return False
@@ -99,45 +164,166 @@ def provenance(device):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder of plain files, complete or absent
+# Checkpoints: a folder of plain files, complete or absent. A file is the same whoever wrote it: all ranks write their parts
+# of one safetensors file, each at its place, and read the parts that they need, on any number of ranks, sharded or not.
 
-def save(folder, step, c, model, ema, optimizer, bpe):
+def together(world, action, group=None):
+    """action() on every rank -> the results of all. If it fails on one rank, all stop, and the first says why."""
+    try:
+        mine = action(), None
+    except (OSError, SystemExit) as error:
+        mine = None, str(getattr(error, "message", error))
+    told = [mine]
+    if world > 1:
+        dist.all_gather_object(told := [None] * world, mine, group=group)
+    for rank, (_, wrong) in enumerate(told):
+        if wrong:
+            fail(f"rank {rank}: {wrong}" if rank else wrong)
+    return [result for result, _ in told]
+
+
+def contents(model, ema, optimizer):
+    """{file: {name: (dtype, shape)}} of a checkpoint, the same on every rank."""
+    names = {p: name for name, p in model.named_parameters()}
+    files = {part: {name: (x.dtype, tuple(x.shape)) for name, x in net.state_dict().items()} for part, net in (("model", model), ("ema", ema))}
+    files["optimizer"] = {f"{names[p]}.{key}": (torch.float32, () if key == "step" else tuple(p.shape)) for group in optimizer.param_groups
+                          for p in group["params"] for key in (["momentum"] if group["kind"] == "muon" else ["step", "exp_avg", "exp_avg_sq"])}
+    return files
+
+
+def parts(model, ema, optimizer, reading=False):
+    """What this rank writes of it, or reads: {file: [(name, start, flat tensor)]}."""
+    names = {p: name for name, p in model.named_parameters()}
+    files = {part: [(name, *optimizer.extent(x, reading)) for name, x in net.state_dict().items()] for part, net in (("model", model), ("ema", ema))}
+    return {**files, "optimizer": [(f"{names[p]}.{key}", start, x) for p, key, start, x in optimizer.segments()]}
+
+
+def place(tensors):
+    """The beginning of a safetensors file of {name: (dtype, shape)}. -> bytes, {name: where its own begin}"""
+    kinds, table, end = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}, {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + row["data_offsets"][0] for name, row in table.items()}
+
+
+def snapshot(model, ema, optimizer):
+    """What this rank writes, as it is now, on the host."""
+    copy = lambda x: x.detach().to("cpu", copy=True)
+    return contents(model, ema, optimizer), {file: [(n, at, copy(x)) for n, at, x in rows] for file, rows in parts(model, ema, optimizer).items()}
+
+
+def write(folder, step, c, bpe, files, mine, rank=0, world=1, group=None):
     """Written under another name, flushed to disk, renamed: a crash at any moment leaves the older checkpoints whole."""
     final = folder / f"step_{step:08d}"
     part = folder / f"{final.name}.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
-    save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, part / "ema.safetensors")
-    torch.save(optimizer.state_dict(), part / "optimizer.pt")
-    configs.save(c, part / "config.json")
-    (part / "state.json").write_text(json.dumps({"step": step, "images": step * c.train.batch}))
-    if bpe:
-        pretrained.bpe_save(bpe, part / "bpe.tiktoken")
-    sums = {}
-    for file in sorted(part.iterdir()):
-        with open(file, "rb+") as f:
-            sums[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
-            os.fsync(f.fileno())
-    with open(part / "sums.json", "w") as f:
-        json.dump(sums, f)
-        f.flush(), os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd), os.close(fd)
+
+    def prepare():
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+    def fill():
+        for file, tensors in files.items():
+            head, begin = place(tensors)
+            with os.fdopen(os.open(part / f"{file}.safetensors", os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as f:
+                if rank == 0:
+                    f.write(head)
+                for name, start, x in mine[file]:
+                    f.seek(begin[name] + start * x.itemsize)
+                    f.write(x.view(torch.uint8).numpy())
+                f.flush(), os.fsync(f.fileno())
+        if rank == 0:
+            configs.save(c, part / "config.json")
+            (part / "state.json").write_text(json.dumps({"step": step, "images": step * c.train.batch}))
+            if bpe:
+                pretrained.bpe_save(bpe, part / "bpe.tiktoken")
+
+    def sums():
+        found = {}
+        for file in sorted(part.iterdir())[rank::world]:                                                  # all are whole by now
+            with open(file, "rb+") as f:
+                found[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+                os.fsync(f.fileno())
+        return found
+
+    def finish():
+        if rank == 0:
+            with open(part / "sums.json", "w") as f:
+                json.dump({name: digest for part in found for name, digest in part.items()}, f)
+                f.flush(), os.fsync(f.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            if os.name == "posix":
+                fd = os.open(folder, os.O_RDONLY)
+                os.fsync(fd), os.close(fd)
+            prune(folder, final, c)
+
+    try:
+        together(world, prepare, group)
+        together(world, fill, group)
+        found = together(world, sums, group)
+        together(world, finish, group)
+    except SystemExit:
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)                                                       # a full disk: make room again
+        raise
+
+
+def prune(folder, newest, c):
     for torn in folder.glob("step_*.tmp"):
         shutil.rmtree(torn)
     keep = lambda path: c.train.keep_every and int(path.name[5:]) * c.train.batch % c.train.keep_every < c.train.batch
-    for old in sorted(p for p in folder.glob("step_*") if p.name <= final.name)[:-2]:                      # later ones are damaged
+    for old in sorted(p for p in folder.glob("step_*") if p.name <= newest.name)[:-2]:                     # later ones are damaged
         if not keep(old):
             shutil.rmtree(old)
 
 
-def resume(folder, c, model, ema, optimizer, device):
+class Saver:
+    """Checkpoints while the training goes on: it waits for a copy of this rank's part to memory, the rest is a thread's."""
+
+    def __init__(self, folder, c, bpe, rank, world):
+        self.folder, self.c, self.bpe, self.ranks, self.thread, self.failed = folder, c, bpe, (rank, world), None, ""
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if world > 1 else None    # its own: it talks while we do
+
+    def save(self, step, model, ema, optimizer, log):
+        self.wait()
+        files = snapshot(model, ema, optimizer)
+
+        def work():
+            try:
+                write(self.folder, step, self.c, self.bpe, *files, *self.ranks, self.group)
+                self.failed = ""
+            except (SystemExit, RuntimeError) as error:
+                self.failed = f"the checkpoint of step {step} could not be written: {getattr(error, 'message', error)}"
+                if self.ranks[0] == 0:
+                    tqdm.write(f"WARNING: {self.failed}; the training goes on, the older ones are whole", file=sys.stderr)
+                    log.write(step, failed=self.failed)
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+
+
+def read(path, tensors, mine):
+    """Fill this rank's tensors from a file. Values that are not needed here are not read: the file is mapped."""
+    with safe_open(path, "pt") as f:
+        there = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+        wrong = [name for name in {*tensors, *there} if name not in tensors or there.get(name) != tensors[name][1]]
+        if wrong:
+            fail(f"{path} is of another model: {', '.join(sorted(wrong)[:4])} do not fit")
+        for name, start, x in mine:
+            x.copy_(f.get_tensor(name).view(-1)[start:start + len(x)])
+
+
+def resume(folder, c, model, ema, optimizer, world):
     """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from, the checkpoint."""
-    checkpoint = next(pretrained.newest_checkpoint(folder), None)
+    find = lambda: next(pretrained.newest_checkpoint(folder), None) if int(os.environ.get("RANK", 0)) == 0 else None
+    checkpoint = together(world, find)[0]
     if checkpoint is None:
         return 0, None
     free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")            # may change in mid-run
@@ -145,23 +331,25 @@ def resume(folder, c, model, ema, optimizer, device):
                if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
     if changed:
         fail(f"{folder} holds a run with " + ", ".join(f"{k}={a} (now {b})" for k, a, b in changed[:4]) + ": give another --out or delete it")
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
+    if not (checkpoint / "optimizer.safetensors").exists():
+        fail(f"{checkpoint} has no optimizer.safetensors (of an older version?): take its weights with --init={folder} and another --out")
+    for (file, tensors), mine in zip(contents(model, ema, optimizer).items(), parts(model, ema, optimizer, True).values()):
+        read(checkpoint / f"{file}.safetensors", tensors, mine)
     return json.loads((checkpoint / "state.json").read_text())["step"], checkpoint
 
 
-def load_weights(path, model, say):
+def load_weights(path, model, ema, optimizer, say):
     """--init: start from another run's weights. What does not fit the new recipe is dropped, and said. -> the checkpoint."""
     checkpoint = next(pretrained.newest_checkpoint(path), None)
     if checkpoint is None:
         fail(f"--init={path}: no checkpoint there")
-    theirs, ours = load_file(checkpoint / "model.safetensors"), model.state_dict()
+    theirs, ours = load_file(checkpoint / "model.safetensors"), model.state_dict()                        # mapped, not read
     fits = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     wrong = [k for k in (*ours, *theirs) if k not in fits and not k.startswith("align.")]
     if wrong:
         fail(f"--init={path} is another model: {', '.join(wrong[:4])} do not fit")
-    model.load_state_dict(fits, strict=False)
+    for name, start, x in [row for file in ("model", "ema") for row in parts(model, ema, optimizer, True)[file] if row[0] in fits]:
+        x.copy_(fits[name].view(-1)[start:start + len(x)])
     if dropped := sorted(set(theirs) - set(fits)):
         say(f"from {checkpoint}: dropped the REPA head ({len(dropped)} tensors)")
     return checkpoint
@@ -317,13 +505,18 @@ def plot(rows, path):
 
 def look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
-    net = (ema if c.optim.ema else model).eval()
-    result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
+    prompts = c.sample.prompts.split("|") if c.sample.prompts else [captions[0] for captions in held_out.captions[:8]]
+    mine = range(rank, len(prompts), world)                                                               # every rank paints some
+    with whole((ema if c.optim.ema else model).eval()) as net:
+        result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device)
+        images = generate(net, c, tokenize, encode, [prompts[i] for i in mine], list(mine)) if mine else None
+    if world > 1:
+        dist.gather_object(images, images := [None] * world if rank == 0 else None)
     if rank == 0:
         log.write(step, val_loss=result["loss"], val_bins=result["bins"])
-        prompts = c.sample.prompts.split("|") if c.sample.prompts else [captions[0] for captions in held_out.captions[:8]]
+        images = torch.stack([images[i % world][i // world] for i in range(len(prompts))]) if world > 1 else images
         (folder / "samples").mkdir(exist_ok=True)
-        grid(generate(net, c, tokenize, encode, prompts, list(range(len(prompts)))), prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
+        grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
         plot(log.rows(), folder / "loss.png")
     model.train()
     return result["loss"]
@@ -358,7 +551,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def build(c, device, weights=True):
+def build(c, device, weights=True, world=1):
     """Everything that a step needs: the model, frozen networks, optimizer. Same weights on every rank, from the seed."""
     encode = None if c.text.encoder == "bpe" else pretrained.text_encoder(c, device, weights)
     teacher = pretrained.teacher(c, device, weights) if c.align.teacher else None
@@ -366,7 +559,10 @@ def build(c, device, weights=True):
     model = PRX(c, teacher.dim if teacher else 0, compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.align = None
-    return model, ema, muon.build(model, c.optim), encode, teacher
+    mesh = mesh_of(c, model, device, world)
+    if mesh and mesh.shape[1] > 1:
+        shard(c, model, mesh), shard(c, ema, mesh)
+    return model, ema, muon.build(model, c.optim, mesh), encode, teacher
 
 
 def update_ema(c, model, ema, step):
@@ -374,7 +570,7 @@ def update_ema(c, model, ema, step):
     decay = min(c.optim.ema, (1 + step) / (10 + step)) ** c.optim.ema_every
     live = dict(model.named_parameters())
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), [live[name] for name, _ in ema.named_parameters()], 1 - decay)
+        torch._foreach_lerp_([muon.local(p) for p in ema.parameters()], [muon.local(live[name]) for name, _ in ema.named_parameters()], 1 - decay)
 
 
 def train(c):
@@ -388,11 +584,10 @@ def train(c):
         fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
     dataset, held_out = data.load(c)
-    model, ema, optimizer, encode, teacher = build(c, device)
-    step, source = resume(folder, c, model, ema, optimizer, device)
+    model, ema, optimizer, encode, teacher = build(c, device, world=world)
+    step, source = resume(folder, c, model, ema, optimizer, world)
     if c.init and not step:
-        source = load_weights(c.init, model, say)
-        ema.load_state_dict(model.state_dict(), strict=False)
+        source = load_weights(c.init, model, ema, optimizer, say)
     bpe = None
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
@@ -406,7 +601,11 @@ def train(c):
         say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
         return leave(world)
     compiled = compile_blocks(c, model, device)
-    net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    net = model
+    if optimizer.shards == 1 and world > 1:
+        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        if c.train.reduce == "bf16":
+            net.register_comm_hook(None, bf16_reduce)
     null = tuple(a.to(device) for a in tokenize([""]))
     if null[0].shape[1] < c.text.length:                                                                  # as wide as any batch
         null = tuple(torch.nn.functional.pad(a, (0, c.text.length - a.shape[1])) for a in null)
@@ -415,7 +614,7 @@ def train(c):
     stop = []                                                                                             # the names of signals received
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
-    log = Log(folder, c, step, device, rank)
+    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, rank, world)
     say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
@@ -430,14 +629,16 @@ def train(c):
         for micro in mine:
             batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
             generator = torch.Generator(device).manual_seed(seed_of(c.seed, step, micro))
-            with net.no_sync() if world > 1 and micro != mine[-1] else nullcontext():                     # reduce once a step
+            if optimizer.shards > 1:
+                net.set_requires_gradient_sync(micro == mine[-1])                                         # reduce once a step
+            with net.no_sync() if net is not model and micro != mine[-1] else nullcontext():              # the same under ddp
                 loss, parts = losses(c, net, batch, null, encode, teacher, generator)
                 (loss / len(mine)).backward()
             total += torch.stack([parts["loss"], parts.get("align", parts["loss"] * 0)]) / len(mine)
         # update; a step whose gradient is not finite changes nothing, decided on the device
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule(c, step * c.train.batch)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip or math.inf)
+        norm = clip(model.parameters(), c.optim.clip, optimizer.mesh)
         skip = (~norm.isfinite()).float()
         optimizer.step(skip=skip)
         step += 1
@@ -472,13 +673,18 @@ def train(c):
                 say(f"image {step * c.train.batch:,}: validation loss {loss:.4f}")
         if crossed(c.train.save_every) or step == steps or stopping:
             with clock.stopped():
-                if rank == 0:
-                    save(folder, step, c, model, ema, optimizer, bpe)
+                saver.save(step, model, ema, optimizer, log)
         if stopping:
             bar.close()
+            saver.wait()
+            if saver.failed:
+                fail(saver.failed)
             say(f"{stop[0] if stop else 'stopped'}: saved at image {step * c.train.batch:,}; the same command goes on from there")
             return leave(world)
     bar.close()
+    saver.wait()
+    if saver.failed:
+        fail(saver.failed)
     say(f"finished after {clock.total() / 60:.1f} minutes of training: look into {folder}/samples, then python sample.py \"a red apple\"")
     leave(world)
 
@@ -521,7 +727,7 @@ def bench(c, repeats=20):
         clock("optimizer", update)()
 
     def update():
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip or math.inf)
+        norm = clip(model.parameters(), c.optim.clip, None)
         optimizer.step(skip=(~norm.isfinite()).float())
         optimizer.zero_grad()
 
