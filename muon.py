@@ -207,4 +207,5 @@ def build(model, o, mesh=None):
               dict(params=rest, kind="adamw", base_lr=o.adam_lr, decay=0.0)]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters()}), "every parameter is in exactly one group"
-    return Muon([g for g in groups if g["params"]], o.momentum, o.ns, torch.float32 if o.ns_dtype == "fp32" else torch.bfloat16, o.split, o.beta1, o.beta2, o.eps, mesh)
+    ns_dtype = torch.float32 if o.ns_dtype == "fp32" else torch.bfloat16
+    return Muon([g for g in groups if g["params"]], o.momentum, o.ns, ns_dtype, o.split, o.beta1, o.beta2, o.eps, mesh)

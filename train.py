@@ -25,9 +25,11 @@ import subprocess
 import sysconfig
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from datetime import timedelta
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -55,7 +57,7 @@ from sample import generate, grid
 # ------------------------------------------------------------------------------------------------------------------
 # The machine
 
-def start():
+def start(timeout=600):
     """(rank, world, device). Under torchrun it joins the group: NCCL (RCCL on ROCm) on GPUs, gloo on CPU."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
@@ -66,7 +68,7 @@ def start():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout + 60))       # `Watch` is first, and says more
     return rank, world, device
 
 
@@ -164,8 +166,7 @@ def provenance(device):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder of plain files, complete or absent. A file is the same whoever wrote it: all ranks write their parts
-# of one safetensors file, each at its place, and read the parts that they need, on any number of ranks, sharded or not.
+# Ranks that agree, and ranks that hang
 
 def together(world, action, group=None):
     """action() on every rank -> the results of all. If it fails on one rank, all stop, and the first says why."""
@@ -181,6 +182,111 @@ def together(world, action, group=None):
             fail(f"rank {rank}: {wrong}" if rank else wrong)
     return [result for result, _ in told]
 
+
+def agree(world, facts):
+    """All ranks have the same facts, {name: value}, or stop and say which differ."""
+    told = together(world, lambda: facts)
+    for rank, theirs in enumerate(told):
+        if differ := [f"{name} {str(theirs.get(name))[:60]} (rank 0: {str(value)[:60]})" for name, value in told[0].items() if theirs.get(name) != value]:
+            fail(f"rank {rank} is not set up as rank 0: {', '.join(differ[:4])}")
+
+
+def setting(c, device):
+    """What must be the same on every rank, apart from the data."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:12]
+    values = {f"--{key}": reduce(getattr, key.split("."), c) for key in configs.keys(c)}
+    return {"torch": torch.__version__, "code": code, "precision": str(compute_dtype(c, device))[6:],
+            **{key: value for key, value in values.items() if not is_dataclass(value)}}
+
+
+def digest_of(dataset):
+    """Of the number of items and of some ten thousand captions."""
+    some = [dataset.captions[i] for i in range(0, len(dataset.captions), 1 + len(dataset.captions) // 10_000)]
+    return hashlib.sha256(repr((len(dataset), some)).encode()).hexdigest()[:16]
+
+
+def hold(folder):
+    """Keep other runs out of the folder, as long as this process lives and the result is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                                                  # not inherited by loader processes
+    except ImportError:                                                                                   # Windows
+        pass
+    except OSError:
+        fail(f"another run is writing into {folder}: wait for it, or give another --out")
+    return file
+
+
+class Watch:
+    """Where every rank is, told to all by a thread. When this rank has not moved for `timeout` seconds, the run stops, and the
+    first of those that wait says for whom. Also: the seconds that this rank spent on data and on its own computing."""
+
+    def __init__(self, rank, world, timeout, device):
+        self.rank, self.world, self.timeout, self.device = rank, world, timeout, device
+        self.count, self.where, self.since, self.spent, self.events = 0, "the start", time.monotonic(), [0.0, 0.0], []
+        if world > 1:
+            self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+            threading.Thread(target=self.run, daemon=True).start()
+
+    def at(self, step, what):
+        self.count, self.where, self.since = self.count + 1, f"{what}, step {step}", time.monotonic()
+
+    def run(self):
+        try:
+            while (still := time.monotonic() - self.since) < self.timeout:
+                self.store.set(str(self.rank), json.dumps([self.count, self.where, time.time()]))
+                time.sleep(min(2, self.timeout / 4))
+        except RuntimeError:                                                                              # the store has gone: so has the run
+            return
+        told = [json.loads(self.store.get(str(r))) if self.store.check([str(r)]) else [-1, "the start", 0] for r in range(self.world)]
+        told[self.rank] = [self.count, self.where, time.time()]
+        silent = [r for r in range(self.world) if time.time() - told[r][2] > max(5, self.timeout / 2)]
+        behind = silent or [r for r in range(self.world) if told[r][0] == min(n for n, _, _ in told)]
+        if self.rank == min({*range(self.world)} - {*behind} or {0}):
+            named = ", ".join(f"rank {r} at {told[r][1]}{' (nothing heard of it)' if r in silent else ''}" for r in behind)
+            print(f"error: no progress for {still:.0f} s: {named}; this rank, {self.rank}, waits at {self.where}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)                                                                                 # let it speak
+        os._exit(1)
+
+    @contextmanager
+    def time(self, part):
+        """part 0: data, by the host's clock; 1: computing, by the device's."""
+        if part and self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.events.append((begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.spent[part] += time.perf_counter() - begin
+
+    def lap(self):
+        """(world, 2): this rank's seconds on data and on computing since the last call, in its row; the device has caught up."""
+        self.spent[1] += sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
+        found = torch.zeros(self.world, 2)
+        found[self.rank] = torch.tensor(self.spent)
+        self.spent, self.events = [0.0, 0.0], []
+        return found
+
+
+def slow(rates, rate, seconds, spent):
+    """When throughput is below half of its running median: which rank, and what took it so long; "" when all is well."""
+    usual = sorted(rates)[len(rates) // 2] if len(rates) >= 5 else 0
+    if rate >= usual / 2:
+        return ""
+    part = 0 if spent[:, 0].max() > seconds * (1 - rate / usual) / 2 else 1                               # most of the loss is data's?
+    rank = int(spent[:, part].argmax())
+    return f"rank {rank} spent {spent[rank, part]:.1f} of {seconds:.1f} s {('waiting for data', 'computing')[part]}; {rate:.3g} images/s, usually {usual:.3g}"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder of plain files, complete or absent. A file is the same whoever wrote it: all ranks write their parts
+# of one safetensors file, each at its place, and read the parts that they need, on any number of ranks, sharded or not.
 
 def contents(model, ema, optimizer):
     """{file: {name: (dtype, shape)}} of a checkpoint, the same on every rank."""
@@ -215,7 +321,7 @@ def snapshot(model, ema, optimizer):
     return contents(model, ema, optimizer), {file: [(n, at, copy(x)) for n, at, x in rows] for file, rows in parts(model, ema, optimizer).items()}
 
 
-def write(folder, step, c, bpe, files, mine, rank=0, world=1, group=None):
+def write(folder, step, c, bpe, index, files, mine, rank=0, world=1, group=None):
     """Written under another name, flushed to disk, renamed: a crash at any moment leaves the older checkpoints whole."""
     final = folder / f"step_{step:08d}"
     part = folder / f"{final.name}.tmp"
@@ -237,7 +343,7 @@ def write(folder, step, c, bpe, files, mine, rank=0, world=1, group=None):
                 f.flush(), os.fsync(f.fileno())
         if rank == 0:
             configs.save(c, part / "config.json")
-            (part / "state.json").write_text(json.dumps({"step": step, "images": step * c.train.batch}))
+            (part / "state.json").write_text(json.dumps({"step": step, "images": step * c.train.batch, "data": index}))
             if bpe:
                 pretrained.bpe_save(bpe, part / "bpe.tiktoken")
 
@@ -284,8 +390,8 @@ def prune(folder, newest, c):
 class Saver:
     """Checkpoints while the training goes on: it waits for a copy of this rank's part to memory, the rest is a thread's."""
 
-    def __init__(self, folder, c, bpe, rank, world):
-        self.folder, self.c, self.bpe, self.ranks, self.thread, self.failed = folder, c, bpe, (rank, world), None, ""
+    def __init__(self, folder, c, bpe, index, rank, world):
+        self.folder, self.c, self.bpe, self.index, self.ranks, self.thread, self.failed = folder, c, bpe, index, (rank, world), None, ""
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if world > 1 else None    # its own: it talks while we do
 
     def save(self, step, model, ema, optimizer, log):
@@ -294,7 +400,7 @@ class Saver:
 
         def work():
             try:
-                write(self.folder, step, self.c, self.bpe, *files, *self.ranks, self.group)
+                write(self.folder, step, self.c, self.bpe, self.index, *files, *self.ranks, self.group)
                 self.failed = ""
             except (SystemExit, RuntimeError) as error:
                 self.failed = f"the checkpoint of step {step} could not be written: {getattr(error, 'message', error)}"
@@ -320,13 +426,16 @@ def read(path, tensors, mine):
             x.copy_(f.get_tensor(name).view(-1)[start:start + len(x)])
 
 
-def resume(folder, c, model, ema, optimizer, world):
+def resume(folder, c, model, ema, optimizer, world, index):
     """Load the newest whole checkpoint of the run folder, if there is one. -> the step to go on from, the checkpoint."""
     find = lambda: next(pretrained.newest_checkpoint(folder), None) if int(os.environ.get("RANK", 0)) == 0 else None
     checkpoint = together(world, find)[0]
     if checkpoint is None:
         return 0, None
-    free = ("train.", "sample.", "data.workers", "out", "init", "wandb", "tensorboard")            # may change in mid-run
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state.get("data", index) != index:
+        fail(f"{folder} was trained on another data set than {c.data.source} is now: put that back, or go on in another --out with --init={folder}")
+    free = ("train.", "sample.", "data.source", "data.workers", "out", "init", "wandb", "tensorboard")            # may change in mid-run
     changed = [d for d in configs.difference(configs.load(checkpoint / "config.json"), c)
                if not d[0].startswith(free) or d[0] in ("train.batch", "train.micro_batch", "train.precision")]
     if changed:
@@ -335,7 +444,7 @@ def resume(folder, c, model, ema, optimizer, world):
         fail(f"{checkpoint} has no optimizer.safetensors (of an older version?): take its weights with --init={folder} and another --out")
     for (file, tensors), mine in zip(contents(model, ema, optimizer).items(), parts(model, ema, optimizer, True).values()):
         read(checkpoint / f"{file}.safetensors", tensors, mine)
-    return json.loads((checkpoint / "state.json").read_text())["step"], checkpoint
+    return state["step"], checkpoint
 
 
 def load_weights(path, model, ema, optimizer, say):
@@ -574,7 +683,8 @@ def update_ema(c, model, ema, step):
 
 
 def train(c):
-    rank, world, device = start()
+    rank, world, device = start(c.train.timeout)
+    agree(world, setting(c, device))
     if c.text.encoder != "bpe":
         c = replace(c, text=replace(c.text, dim=pretrained.text_dim(c)))
     if (micros := c.train.batch // c.train.micro_batch) % world:
@@ -583,9 +693,12 @@ def train(c):
     if folder.exists() and not folder.is_dir():
         fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
-    dataset, held_out = data.load(c)
+    loaded = []
+    together(world, lambda: loaded.extend(data.load(c)))
+    dataset, held_out = loaded
+    agree(world, {"the data set": (index := digest_of(dataset))})
     model, ema, optimizer, encode, teacher = build(c, device, world=world)
-    step, source = resume(folder, c, model, ema, optimizer, world)
+    step, source = resume(folder, c, model, ema, optimizer, world, index)
     if c.init and not step:
         source = load_weights(c.init, model, ema, optimizer, say)
     bpe = None
@@ -614,7 +727,10 @@ def train(c):
     stop = []                                                                                             # the names of signals received
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
-    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, rank, world)
+    held = []
+    together(world, lambda: held.append(hold(folder)) if rank == 0 else None)
+    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world)
+    watch, rates = Watch(rank, world, c.train.timeout, device), deque(maxlen=50)                          # img/s of the last log lines
     say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
@@ -627,17 +743,22 @@ def train(c):
         optimizer.zero_grad()
         mine = range(rank, micros, world)
         for micro in mine:
-            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+            watch.at(step, "the next batch")
+            with watch.time(0):
+                batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
             generator = torch.Generator(device).manual_seed(seed_of(c.seed, step, micro))
+            watch.at(step, "forward and backward (gradients are reduced)")
             if optimizer.shards > 1:
                 net.set_requires_gradient_sync(micro == mine[-1])                                         # reduce once a step
             with net.no_sync() if net is not model and micro != mine[-1] else nullcontext():              # the same under ddp
-                loss, parts = losses(c, net, batch, null, encode, teacher, generator)
+                with watch.time(1):
+                    loss, parts = losses(c, net, batch, null, encode, teacher, generator)
                 (loss / len(mine)).backward()
             total += torch.stack([parts["loss"], parts.get("align", parts["loss"] * 0)]) / len(mine)
         # update; a step whose gradient is not finite changes nothing, decided on the device
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * schedule(c, step * c.train.batch)
+        watch.at(step, "the optimizer (updates are gathered)")
         norm = clip(model.parameters(), c.optim.clip, optimizer.mesh)
         skip = (~norm.isfinite()).float()
         optimizer.step(skip=skip)
@@ -647,6 +768,7 @@ def train(c):
         bar.update(c.train.batch)
         # what all ranks must agree on
         status = torch.stack([skip, torch.full((), float(len(stop)), device=device)])
+        watch.at(step, "the status of all ranks (all-reduce)")
         if world > 1:
             dist.all_reduce(status, op=dist.ReduceOp.MAX)
         skipped, stopping = late.read(status)
@@ -658,20 +780,30 @@ def train(c):
             fail(f"ten steps in a row without a finite gradient: lower --optim.lr or raise --optim.warmup (the last checkpoint in {folder} is from before)")
         # log, look, save
         if step % c.train.log_every == 0 or step == steps:
+            watch.at(step, "the log (all-reduce)")
+            wait(device)
+            sums = torch.cat([total, watch.lap().flatten().to(device)])                                   # of all ranks
             if world > 1:
-                dist.all_reduce(total)
-            loss, align = (total / (step - since) / world).tolist()
-            rate = (step - since) * c.train.batch / clock.lap()
+                dist.all_reduce(sums)
+            loss, align, *spent = sums.tolist()
+            loss, align, seconds = loss / (step - since) / world, align / (step - since) / world, clock.lap()
+            rate = (step - since) * c.train.batch / seconds
+            if why := slow(rates, rate, seconds, torch.tensor(spent).view(world, 2)):
+                say(f"step {step}: slow: {why}")
+                log.write(step, slow=why)
+            rates.append(rate)
             log.write(step, loss=loss, align=align, norm=norm.item(), lr=optimizer.param_groups[0]["lr"], img_s=rate, minutes=clock.total() / 60,
                       mfu=3 * cost * rate / world / peak, gib=peak_memory(device), bad=bad)
             bar.set_postfix(loss=f"{loss:.4f}", mfu=f"{3 * cost * rate / world / peak:.0%}")
             since = step
             total.zero_()
         if crossed(c.train.eval_every) or step == steps:
+            watch.at(step, "validation and samples")
             with clock.stopped():
                 loss = look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, world, device)
                 say(f"image {step * c.train.batch:,}: validation loss {loss:.4f}")
         if crossed(c.train.save_every) or step == steps or stopping:
+            watch.at(step, "the checkpoint")
             with clock.stopped():
                 saver.save(step, model, ema, optimizer, log)
         if stopping:
@@ -761,6 +893,10 @@ def bench(c, repeats=20):
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
 
 
+DEATHS = {"DataLoader worker": "a loader process has died (out of memory?)", "Connection closed by peer": "another rank has ended",
+          "Connection reset by peer": "another rank has ended", "Broken pipe": "another rank has ended"}
+
+
 def main(argv):
     wanted = next((a.split("=", 1)[1] for a in argv if a.startswith("--bench=")), None)
     if wanted is None:
@@ -770,6 +906,12 @@ def main(argv):
             sys.exit(130)
         except torch.OutOfMemoryError:
             fail("the device is out of memory: lower --train.micro_batch, or trade time for memory with --train.checkpointing=yes")
+        except RuntimeError as error:
+            died = next((why for words, why in DEATHS.items() if words in str(error)), None)
+            if died is None:
+                raise
+            print(f"error: rank {os.environ.get('RANK', 0)}: {died}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)                                                                                   # with no word to ranks that are gone
     rest = [a for a in argv if not a.startswith(("--bench=", "--config="))]
     for name in configs.recipes if wanted == "all" else wanted.split(","):
         c = configs.parse([f"--config={name}", *rest])

@@ -10,10 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,10 +18,11 @@ from safetensors.torch import load_file
 import configs
 import train
 
+ROOT = Path(__file__).parent.parent
 TINY = ("--config=debug --train.precision=fp32 --optim.ns_dtype=fp32 --model.size=16 --model.patch=4 --model.width=32 --model.depth=3 --text.vocab=400 "
         "--train.batch=12 --train.micro_batch=1 --train.eval_every=0 --train.save_every=0 --train.log_every=1 --train.val_images=5 --sample.steps=1 "
         "--optim.cooldown=0").split()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def rows(folder):
@@ -66,9 +63,9 @@ def ranks(rank, folder):
         c = configs.parse([*TINY, f"--out={folder / source}", "--train.images=360", *args])
         device = train.start()[2]
         model, ema, optimizer, _, _ = train.build(c, device, world=world)
-        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world)
+        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, None)
         bpe = train.pretrained.bpe_load(checkpoint / "bpe.tiktoken")
-        train.write(folder / out, step, c, bpe, *train.snapshot(model, ema, optimizer), rank, world)
+        train.write(folder / out, step, c, bpe, None, *train.snapshot(model, ema, optimizer), rank, world)
         train.leave(world)
 
     def poisoned(bad, *args):
@@ -112,7 +109,8 @@ def done(tmp_path_factory):
     """All those trainings, by four processes."""
     from transformers import Dinov2Config, Dinov2Model
     folder = tmp_path_factory.mktemp("ranks")
-    Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2)).save_pretrained(folder / "vision")
+    vision = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2)
+    Dinov2Model(vision).save_pretrained(folder / "vision")
     env = {**ENV, "PORTS": str(20_000 + os.getpid() % 20_000)}
     started = [subprocess.Popen([sys.executable, __file__, str(r), folder], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                for r in range(4)]

@@ -13,9 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-if __name__ == "__main__":                                                      # one of the ranks of the last test
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import configs
 import kernels
 import muon
@@ -278,7 +275,7 @@ def check_grid(replicas, shards):
 
 def test_on_any_grid_of_ranks_it_equals_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", __file__]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS), done.stderr[-3000:]
 
 
