@@ -25,6 +25,7 @@ import subprocess
 import sysconfig
 import threading
 import time
+import warnings
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass, replace
@@ -72,8 +73,10 @@ def start(timeout=600):
     return rank, world, device
 
 
-def leave(world):
+def leave(world, watch=None):
     """After gloo, an ordinary exit sometimes aborts in tear-down, all work done: leave without it."""
+    if watch:
+        watch.over.set()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -103,6 +106,7 @@ def blocks_of(model):
 
 def shard(c, model, mesh):
     """FSDP2: every rank keeps some rows of each weight, as fp32; a block's are gathered, as its products want them, while it runs."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")                                     # we change no output in place
     pieces = {name: p.pieces for name, p in model.named_parameters() if hasattr(p, "pieces")}
     policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.bfloat16 if c.train.reduce == "bf16" else torch.float32, cast_forward_inputs=False)
     options = dict(mesh=mesh if mesh.shape[0] > 1 else mesh["shard"], reshard_after_forward=True)
@@ -225,7 +229,7 @@ class Watch:
 
     def __init__(self, rank, world, timeout, device):
         self.rank, self.world, self.timeout, self.device = rank, world, timeout, device
-        self.count, self.where, self.since, self.spent, self.events = 0, "the start", time.monotonic(), [0.0, 0.0], []
+        self.count, self.where, self.since, self.spent, self.events, self.over = 0, "the start", time.monotonic(), [0.0, 0.0], [], threading.Event()
         if world > 1:
             self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
             threading.Thread(target=self.run, daemon=True).start()
@@ -237,7 +241,8 @@ class Watch:
         try:
             while (still := time.monotonic() - self.since) < self.timeout:
                 self.store.set(str(self.rank), json.dumps([self.count, self.where, time.time()]))
-                time.sleep(min(2, self.timeout / 4))
+                if self.over.wait(min(2, self.timeout / 4)):
+                    return
         except RuntimeError:                                                                              # the store has gone: so has the run
             return
         told = [json.loads(self.store.get(str(r))) if self.store.check([str(r)]) else [-1, "the start", 0] for r in range(self.world)]
@@ -414,6 +419,12 @@ class Saver:
         if self.thread:
             self.thread.join()
 
+    def last(self, watch):
+        self.wait()
+        if self.failed:
+            watch.over.set()
+            fail(self.failed)
+
 
 def read(path, tensors, mine):
     """Fill this rank's tensors from a file. Values that are not needed here are not read: the file is mapped."""
@@ -578,8 +589,11 @@ class Log:
         if not self.path:
             return
         row = {"step": step, "images": step * self.batch, **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}}
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:                                                                          # a full disk ends no run
+            tqdm.write(f"WARNING: no line in the log: {error}", file=sys.stderr)
         if self.remote:
             self.remote(row)
 
@@ -624,9 +638,12 @@ def look(c, model, ema, tokenize, encode, held_out, folder, step, log, rank, wor
     if rank == 0:
         log.write(step, val_loss=result["loss"], val_bins=result["bins"])
         images = torch.stack([images[i % world][i // world] for i in range(len(prompts))]) if world > 1 else images
-        (folder / "samples").mkdir(exist_ok=True)
-        grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
-        plot(log.rows(), folder / "loss.png")
+        try:
+            (folder / "samples").mkdir(exist_ok=True)
+            grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
+            plot(log.rows(), folder / "loss.png")
+        except OSError as error:
+            tqdm.write(f"WARNING: no pictures of step {step}: {error}", file=sys.stderr)
     model.train()
     return result["loss"]
 
@@ -808,17 +825,13 @@ def train(c):
                 saver.save(step, model, ema, optimizer, log)
         if stopping:
             bar.close()
-            saver.wait()
-            if saver.failed:
-                fail(saver.failed)
+            saver.last(watch)
             say(f"{stop[0] if stop else 'stopped'}: saved at image {step * c.train.batch:,}; the same command goes on from there")
-            return leave(world)
+            return leave(world, watch)
     bar.close()
-    saver.wait()
-    if saver.failed:
-        fail(saver.failed)
+    saver.last(watch)
     say(f"finished after {clock.total() / 60:.1f} minutes of training: look into {folder}/samples, then python sample.py \"a red apple\"")
-    leave(world)
+    leave(world, watch)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Several ranks: the same trajectory on any number of them in every mode, checkpoints that fit all, and what goes wrong on clusters.
 
-pytest starts processes of this very file: `python tests/test_cluster.py RANK WORLD FOLDER` runs the part of one rank in `ranks`,
+pytest starts processes of this very file: `python tests/test_cluster.py RANK FOLDER` runs the part of one rank in `ranks`,
 one training after the other in the same processes, because starting them is what takes the time."""
 import json
 import os
-import signal
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -38,6 +39,10 @@ def sums(checkpoint):
     return {k: v for k, v in json.loads((checkpoint / "sums.json").read_text()).items() if k != "config.json"}
 
 
+def damage(file, change):
+    file.write_bytes(change(file.read_bytes()))
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # What a rank does
 
@@ -47,8 +52,8 @@ def group(rank, world, port):
     return rank < world
 
 
-def ranks(rank, folder):
-    train.leave = lambda world: (dist.barrier(), dist.destroy_process_group()) if world > 1 else None     # without ending the process
+def ranks(rank, folder, which):
+    train.leave = lambda world, watch=None: (watch and watch.over.set(), world > 1 and (dist.barrier(), dist.destroy_process_group()))  # lives on
     ports = iter(range(int(os.environ["PORTS"]), 65536))
     original = train.losses
 
@@ -80,23 +85,97 @@ def ranks(rank, folder):
         run(f"poisoned{bad}", 2, *args, "--train.images=72")
         train.losses = original
 
-    run("one", 1)
-    for world, mode in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):
-        run(f"{mode}{world}", world, f"--parallel={mode}", "--shard=2")
-    for k, (world, mode) in enumerate(((4, "fsdp"), (2, "ddp"), (1, "auto"), (3, "fsdp"), (4, "hsdp"), (3, "ddp"))):
-        again(f"again{k - 1}" if k else "one", f"again{k}", world, f"--parallel={mode}", "--shard=2")
-        run("elastic", world, f"--parallel={mode}", "--shard=2", f"--train.images={60 * k + 60}")
-    poisoned(0, "--parallel=ddp")
-    poisoned(1, "--parallel=ddp")
-    for mode in ("ddp", "fsdp"):
-        run(f"bf16{mode}", 2, f"--parallel={mode}", "--train.reduce=bf16", "--train.images=120")
-    for world in (1, 2):
-        run(f"half{world}", world, "--parallel=fsdp" if world > 1 else "--parallel=auto", "--train.images=120", "--train.precision=bf16",
-            f"--teacher={folder / 'vision'}", "--align.block=1", "--align.hidden=16")
+    def refused(name, world, *args, change=lambda: None):
+        """A run that must not start; the line that it ends with is printed."""
+        try:
+            change()
+            run(name, world, *args)
+        except SystemExit as stop:
+            print(f"{name}: {stop.code}", flush=True)
+            assert stop.code and (rank == 0) == str(stop.code).startswith("error: ")
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        else:
+            assert rank >= world, f"{name} was not refused"
+
+    def trajectories():
+        run("one", 1)
+        for world, mode in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):
+            run(f"{mode}{world}", world, f"--parallel={mode}", "--shard=2")
+
+    def elastic():
+        for k, (world, mode) in enumerate(((4, "fsdp"), (2, "ddp"), (1, "auto"), (3, "fsdp"), (4, "hsdp"), (3, "ddp"))):
+            again(f"again{k - 1}" if k else "one", f"again{k}", world, f"--parallel={mode}", "--shard=2")
+            run("elastic", world, f"--parallel={mode}", "--shard=2", f"--train.images={60 * k + 60}")
+
+    def poison():
+        poisoned(0, "--parallel=ddp")
+        poisoned(1, "--parallel=ddp")
+
+    def disk():
+        """It is full for rank 1, from the second checkpoint on; then the newest is damaged."""
+        args = ["--parallel=fsdp", "--train.save_every=24"]
+        run("full", 2, *args, "--train.images=24")
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))
+        refused("full", 2, *args, "--train.images=72")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        print("kept", rank, [p.name for p in (folder / "full").glob("step_*") if p.suffix != ".tmp"], flush=True)
+        run("full", 2, *args, "--train.images=96")
+        if rank == 0:
+            damage(newest(folder / "full") / "optimizer.safetensors", lambda b: b[:-999] + bytes([b[-999] ^ 4]) + b[-998:])
+        run("full", 2, *args, "--train.images=120")
+        if rank == 0:
+            damage(newest(folder / "full") / "ema.safetensors", lambda b: b[:-5])
+        run("full", 2, *args, "--train.images=360")
+
+    def slowness():
+        """Rank 1 computes for long in step 10, rank 0 waits for data in step 14."""
+        batches, counter = train.data.batches, iter(range(10_000))
+        train.losses = lambda *a: (time.sleep(2 * (rank == 1 and next(counter) == 60)), original(*a))[1]
+        train.data.batches = lambda *a: (b for k, b in enumerate(batches(*a)) if not time.sleep(2 * (rank == 0 and k == 84)))
+        run("slow", 2, "--parallel=ddp", "--train.images=192")
+        train.losses, train.data.batches = original, batches
+
+    def mistakes():
+        refused("config", 2, f"--optim.lr={1 + rank}", f"--seed={rank}")
+        setting, load = train.setting, train.data.load
+        train.setting = lambda *a: {**setting(*a), "code": "abc" if rank else "abd"}
+        refused("code", 2)
+        train.setting = lambda *a: {**setting(*a), "torch": f"2.13.{rank}"}
+        refused("torch", 2)
+        train.setting = setting
+
+        def other(c):
+            dataset, held_out = load(c)
+            dataset.captions = [["other"], *dataset.captions[1:]] if rank else dataset.captions
+            return dataset, held_out
+        train.data.load = other
+        refused("index", 2)
+        train.data.load = lambda c: train.fail("no folder elsewhere") if rank else load(c)
+        refused("absent", 2)
+        train.data.load = load
+        refused("odd", 2, "--train.micro_batch=4")
+        refused("hsdp", 2, "--parallel=hsdp")
+        refused("hsdp3", 3, "--parallel=hsdp", "--shard=2")
+        refused("one", 2, "--model.depth=4", "--train.images=720")
+        refused("fsdp2", 2, "--data=nowhere", "--train.images=720")
+        refused("busy", 2, "--train.images=24")
+
+    def half():
+        for mode in ("ddp", "fsdp"):
+            run(f"bf16{mode}", 2, f"--parallel={mode}", "--train.reduce=bf16", "--train.images=120")
+        for world in (1, 2):
+            run(f"half{world}", world, "--parallel=fsdp" if world > 1 else "--parallel=auto", "--train.images=120", "--train.precision=bf16",
+                f"--teacher={folder / 'vision'}", "--align.block=1", "--align.hidden=16")
+
+    for part in (trajectories, elastic, poison, disk, slowness, mistakes, half):
+        if part.__name__ in which or not which:
+            part()
 
 
 if __name__ == "__main__":
-    ranks(int(sys.argv[1]), Path(sys.argv[2]))
+    ranks(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)
 
@@ -111,11 +190,19 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     vision = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2)
     Dinov2Model(vision).save_pretrained(folder / "vision")
+    (folder / "busy").mkdir()
+    lock = train.hold(folder / "busy")                                                                    # we are another run
     env = {**ENV, "PORTS": str(20_000 + os.getpid() % 20_000)}
-    started = [subprocess.Popen([sys.executable, __file__, str(r), folder], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-               for r in range(4)]
-    said = [p.communicate(timeout=400)[0] for p in started]
-    assert all(p.returncode == 0 for p in started), "\n".join(text[-2000:] for text in said)
+    files = [open(folder / f"rank{r}.txt", "w+") for r in range(4)]
+    started = [subprocess.Popen([sys.executable, __file__, str(r), folder], cwd=ROOT, env=env, stdout=f, stderr=f) for r, f in enumerate(files)]
+    deadline = time.time() + 400
+    while time.time() < deadline and any(p.poll() is None for p in started) and not any(p.poll() for p in started):
+        time.sleep(0.1)
+    for p in started:
+        p.kill()
+    said = [(folder / f"rank{r}.txt").read_text() for r in range(4)]
+    assert all(p.wait() == 0 for p in started), "\n".join(text[-2000:] for text in said)
+    lock.close()
     return folder, said
 
 
@@ -170,3 +257,33 @@ def test_fsdp_in_bf16_with_a_repa_head(done):
     assert len(one) == 10 and 0 < max(abs(a - b) / a for a, b in zip(one, two)) < 5e-3
     head = [load_file(newest(folder / f) / "model.safetensors")["align.0.weight"] for f in ("half1", "half2")]
     assert head[0].dtype == torch.float32 and (head[0] - head[1]).abs().max() < 0.02
+
+
+def test_a_full_disk_costs_a_checkpoint_and_damage_the_newest_and_neither_the_run(done):
+    folder, said = done
+    assert "WARNING: the checkpoint of step 4 could not be written: rank 1: [Errno 27] File too large" in said[0] and "the training goes on" in said[0]
+    assert all(f"kept {r} ['step_00000002']" in said[r] for r in (0, 1))
+    assert "full: error: the checkpoint of step 6 could not be written" in said[0] and [r["step"] for r in rows(folder / "full") if "failed" in r] == []
+    assert "step_00000008 is damaged (optimizer.safetensors does not match its sha256)" in said[0]
+    assert "step_00000010 is damaged (ema.safetensors is" in said[0] and not any("is damaged" in text for text in said[1:])
+    assert sums(newest(folder / "full")) == sums(newest(folder / "fsdp2"))
+
+
+def test_a_slow_rank_is_named_and_whether_it_waited_or_computed(done):
+    folder, _ = done
+    slow = {r["step"]: r["slow"] for r in rows(folder / "slow") if "slow" in r}
+    assert slow[11].startswith("rank 1 spent 2.") and "computing" in slow[11]
+    assert slow[15].startswith("rank 0 spent 2.") and "waiting for data" in slow[15]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("config", r"rank 1 is not set up as rank 0: --seed 1 \(rank 0: 0\), --optim.lr 2.0 \(rank 0: 1.0\)"),
+    ("code", r"rank 1 is not set up as rank 0: code abc \(rank 0: abd\)"), ("torch", r"torch 2.13.1 \(rank 0: 2.13.0\)"),
+    ("index", "rank 1 is not set up as rank 0: the data set"), ("absent", "rank 1: no folder elsewhere"),
+    ("odd", "3 micro-batches cannot be shared by 2 ranks"), ("hsdp", "2 ranks must be two or more times"), ("hsdp3", "3 ranks must be two or more"),
+    ("one", r"model.depth=3 \(now 4\)"), ("fsdp2", "no folder nowhere"), ("busy", "another run is writing into")])
+def test_what_cannot_run_together_is_one_line_on_the_first_rank_and_stops_all(done, name, words):
+    _, said = done
+    lines = [line for line in said[0].splitlines() if line.startswith(f"{name}: error: ")]
+    assert len(lines) == 1 and re.search(words, lines[0])
+    assert f"{name}: 1" in said[1].splitlines() and not any("Traceback" in text for text in said)

@@ -275,7 +275,8 @@ def check_grid(replicas, shards):
 
 def test_on_any_grid_of_ranks_it_equals_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", __file__]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}, text=True, capture_output=True, timeout=120)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS), done.stderr[-3000:]
 
 
