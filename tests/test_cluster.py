@@ -6,6 +6,8 @@ import json
 import os
 import re
 import resource
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,9 +70,9 @@ def ranks(rank, folder, which):
         c = configs.parse([*TINY, f"--out={folder / source}", "--train.images=360", *args])
         device = train.start()[2]
         model, ema, optimizer, _, _ = train.build(c, device, world=world)
-        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, None)
+        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, index := train.digest_of(train.data.load(c)[0]))
         bpe = train.pretrained.bpe_load(checkpoint / "bpe.tiktoken")
-        train.write(folder / out, step, c, bpe, None, *train.snapshot(model, ema, optimizer), rank, world)
+        train.write(folder / out, step, c, bpe, index, *train.snapshot(model, ema, optimizer), rank, world)
         train.leave(world)
 
     def poisoned(bad, *args):
@@ -287,3 +289,120 @@ def test_what_cannot_run_together_is_one_line_on_the_first_rank_and_stops_all(do
     lines = [line for line in said[0].splitlines() if line.startswith(f"{name}: error: ")]
     assert len(lines) == 1 and re.search(words, lines[0])
     assert f"{name}: 1" in said[1].splitlines() and not any("Traceback" in text for text in said)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Processes that die, hang or are told to stop
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+def launch(out, *args):
+    """Under torchrun, which restarts all ranks when one ends badly (not with its default of one store for all attempts)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py"]
+    return subprocess.Popen([*command, *TINY, f"--out={out}", "--train.images=360", *args], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**ENV, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+
+def pair(out, *args):
+    """Two ranks without a launcher."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    env = {**ENV, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [subprocess.Popen([sys.executable, "train.py", *TINY, f"--out={out}", "--train.images=360", *args], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+
+
+def last(out):
+    """The last step in the log."""
+    try:
+        return max((r.get("step", 0) for r in rows(out)), default=0)
+    except (OSError, json.JSONDecodeError):
+        return 0
+
+
+def until(condition, *processes, seconds=90):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and all(p.poll() is None for p in processes), [p.kill() or p.communicate()[0][-3000:] for p in processes]
+        time.sleep(0.002)
+
+
+def pid_of(rank, out):
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"--out={out}".encode() in (path / "cmdline").read_bytes() and f"\0RANK={rank}\0".encode() in (path / "environ").read_bytes()
+            if ours and Path("/proc", (path / "stat").read_text().split()[3], "environ").read_bytes().count(b"\0RANK=") == 0:
+                return int(path.name)                                           # not one of its loader processes
+        except OSError:                                                         # others' processes, and those that have just ended
+            pass
+
+
+@linux
+def test_a_loader_and_a_rank_are_killed_and_the_launcher_restarts_to_the_same_end(done, tmp_path):
+    process = launch(tmp_path, "--parallel=ddp", "--train.save_every=24", "--data.workers=1")
+    until(lambda: last(tmp_path) >= 5, process)
+    rank = pid_of(1, tmp_path)
+    os.kill(int(Path(f"/proc/{rank}/task/{rank}/children").read_text().split()[-1]), signal.SIGKILL)
+    until(lambda: any("resumed" in r for r in rows(tmp_path)) and last(tmp_path) >= 9, process)
+    os.kill(pid_of(0, tmp_path), signal.SIGKILL)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 0 and sum("resumed" in r for r in rows(tmp_path)) == 2, said[-3000:]
+    assert "rank 1: a loader process has died" in said
+    assert sums(newest(tmp_path)) == sums(newest(done[0] / "ddp2"))
+
+
+@linux
+def test_the_launcher_is_told_to_stop_then_all_die_in_mid_write_and_it_ends_the_same(done, tmp_path):
+    process = launch(tmp_path, "--parallel=fsdp")
+    until(lambda: last(tmp_path) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    begun = time.time()
+    said = process.communicate(timeout=60)[0]
+    assert time.time() - begun < 25 and said.count("saved at image") == 1
+    at = int(newest(tmp_path).name[5:])
+    assert 5 <= at < 30
+    two = pair(tmp_path, "--parallel=fsdp", "--train.save_every=12")
+    torn = lambda: list(tmp_path.glob("step_*.tmp"))
+    until(lambda: last(tmp_path) > at + 1 and torn(), *two)
+    for p in two:
+        p.kill()
+    told = [p.communicate()[0] for p in two]
+    assert torn(), "killed too late"
+    two = pair(tmp_path, "--parallel=fsdp")
+    told = [p.communicate(timeout=120)[0] for p in two]
+    assert [p.returncode for p in two] == [0, 0] and not torn(), told
+    assert sums(newest(tmp_path)) == sums(newest(done[0] / "fsdp2"))
+
+
+@linux
+def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path):
+    two = pair(tmp_path, "--parallel=ddp", "--train.timeout=8")
+    until(lambda: last(tmp_path) >= 3, *two)
+    two[1].send_signal(signal.SIGSTOP)
+    try:
+        said = two[0].communicate(timeout=60)[0]
+    finally:
+        two[1].kill(), two[1].communicate()
+    assert two[0].returncode == 1
+    line = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert re.search(r"no progress for \d+ s: rank 1 at .*, step \d+ \(nothing heard of it\); this rank, 0, waits at .*(all-reduce|gathered|reduced)", line)
+
+
+@linux
+@pytest.mark.skipif(not os.environ.get("NANOT2I_LONG"), reason="minutes: NANOT2I_LONG=1")
+def test_twenty_rounds_of_killing_a_random_rank_end_as_if_undisturbed(done, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: int(torch.randint(n, (), generator=g))
+    for _ in range(20):
+        begun = time.time_ns()
+        two = pair(tmp_path, "--parallel=ddp", "--train.save_every=12")
+        until(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").stat().st_mtime_ns > begun, *two)
+        time.sleep(draw(1500) / 1000)
+        victim = draw(2)
+        two[victim].kill()
+        told = [p.communicate(timeout=60)[0] for p in two]                      # the other one notices
+        assert two[1 - victim].returncode in (0, 1), told
+    two = pair(tmp_path, "--parallel=ddp")
+    assert all(p.communicate(timeout=120) and p.returncode == 0 for p in two)
+    assert sums(newest(tmp_path)) == sums(newest(done[0] / "ddp2"))
