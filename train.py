@@ -241,7 +241,7 @@ class Watch:
         try:
             while (still := time.monotonic() - self.since) < self.timeout:
                 self.store.set(str(self.rank), json.dumps([self.count, self.where, time.time()]))
-                if self.over.wait(min(2, self.timeout / 4)):
+                if self.over.wait(min(1, self.timeout / 4)):
                     return
         except RuntimeError:                                                                              # the store has gone: so has the run
             return
@@ -250,8 +250,8 @@ class Watch:
         silent = [r for r in range(self.world) if time.time() - told[r][2] > max(5, self.timeout / 2)]
         behind = silent or [r for r in range(self.world) if told[r][0] == min(n for n, _, _ in told)]
         if self.rank == min({*range(self.world)} - {*behind} or {0}):
-            named = ", ".join(f"rank {r} at {told[r][1]}{' (nothing heard of it)' if r in silent else ''}" for r in behind)
-            print(f"error: no progress for {still:.0f} s: {named}; this rank, {self.rank}, waits at {self.where}", file=sys.stderr, flush=True)
+            named = ", ".join(f"rank {r} {f'(last heard of {time.time() - told[r][2]:.0f} s ago) ' if r in silent else ''}at {told[r][1]}" for r in behind)
+            print(f"\nerror: no progress for {still:.0f} s: {named}; this rank, {self.rank}, waits at {self.where}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)                                                                                 # let it speak
         os._exit(1)
@@ -408,7 +408,7 @@ class Saver:
                 write(self.folder, step, self.c, self.bpe, self.index, *files, *self.ranks, self.group)
                 self.failed = ""
             except (SystemExit, RuntimeError) as error:
-                self.failed = f"the checkpoint of step {step} could not be written: {getattr(error, 'message', error)}"
+                self.failed = f"the checkpoint of step {step} could not be written: {str(getattr(error, 'message', error))[:200]}"
                 if self.ranks[0] == 0:
                     tqdm.write(f"WARNING: {self.failed}; the training goes on, the older ones are whole", file=sys.stderr)
                     log.write(step, failed=self.failed)
@@ -906,8 +906,9 @@ def bench(c, repeats=20):
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
 
 
-DEATHS = {"DataLoader worker": "a loader process has died (out of memory?)", "Connection closed by peer": "another rank has ended",
-          "Connection reset by peer": "another rank has ended", "Broken pipe": "another rank has ended"}
+LOADER, RANK = "a loader process has died (out of memory?)", "another rank has ended"                   # what an error then says, by its words
+DEATHS = {**dict.fromkeys(("DataLoader worker", "EOFError", "BrokenPipeError", "ConnectionRefusedError", "ConnectionResetError", "listener-"), LOADER),
+          **dict.fromkeys(("Connection closed by peer", "Connection reset by peer", "Broken pipe"), RANK)}
 
 
 def main(argv):
@@ -919,11 +920,11 @@ def main(argv):
             sys.exit(130)
         except torch.OutOfMemoryError:
             fail("the device is out of memory: lower --train.micro_batch, or trade time for memory with --train.checkpointing=yes")
-        except RuntimeError as error:
-            died = next((why for words, why in DEATHS.items() if words in str(error)), None)
+        except (RuntimeError, OSError, EOFError) as error:
+            died = next((why for words, why in DEATHS.items() if words in f"{type(error).__name__} {error}"), None)
             if died is None:
                 raise
-            print(f"error: rank {os.environ.get('RANK', 0)}: {died}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print(f"\nerror: rank {os.environ.get('RANK', 0)}: {died}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
             os._exit(1)                                                                                   # with no word to ranks that are gone
     rest = [a for a in argv if not a.startswith(("--bench=", "--config="))]
     for name in configs.recipes if wanted == "all" else wanted.split(","):

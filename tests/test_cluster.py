@@ -386,7 +386,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path):
         two[1].kill(), two[1].communicate()
     assert two[0].returncode == 1
     line = next(line for line in said.splitlines() if line.startswith("error: "))
-    assert re.search(r"no progress for \d+ s: rank 1 at .*, step \d+ \(nothing heard of it\); this rank, 0, waits at .*(all-reduce|gathered|reduced)", line)
+    assert re.search(r"no progress for \d+ s: rank 1 \(last heard of \d+ s ago\) at .*; this rank, 0, waits at .*(all-reduce|gathered|reduced)", line)
 
 
 @linux
