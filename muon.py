@@ -17,7 +17,6 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from kernels import newton_schulz
@@ -27,7 +26,8 @@ Piece = namedtuple("Piece", "p first rows home")            # rows [first, first
 
 
 def local(x):
-    return x.to_local() if isinstance(x, DTensor) else x
+    """What this rank holds of x, all of it unless x is a DTensor (whose import takes half a second: one process need not wait for it)."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def flat(parts, like, dtype=None):
@@ -159,7 +159,7 @@ class Muon(torch.optim.Optimizer):
         """(start, flat view): this replica's share of the rows of x that this shard holds, or all of them, and where in the
         flattened x it starts. Together the ranks' shares are all of x, once."""
         part = local(x).view(-1)
-        start = self.shard * -(-x.shape[0] // self.shards) * x.shape[1:].numel() if isinstance(x, DTensor) else 0
+        start = self.shard * -(-x.shape[0] // self.shards) * x.shape[1:].numel() if hasattr(x, "to_local") else 0
         size = -(-len(part) // self.replicas)
         first = 0 if whole else self.replica * size
         return start + first, part if whole else part[first:first + size]

@@ -39,7 +39,6 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -106,6 +105,7 @@ def blocks_of(model):
 
 def shard(c, model, mesh):
     """FSDP2: every rank keeps some rows of each weight, as fp32; a block's are gathered, as its products want them, while it runs."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard                                  # half a second
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")                                     # we change no output in place
     pieces = {name: p.pieces for name, p in model.named_parameters() if hasattr(p, "pieces")}
     policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.bfloat16 if c.train.reduce == "bf16" else torch.float32, cast_forward_inputs=False)
@@ -122,7 +122,7 @@ def shard(c, model, mesh):
 @contextmanager
 def whole(net):
     """All weights gathered for a while: then each rank may call the network as often as it likes, in whatever order."""
-    parts = [m for m in net.modules() if isinstance(m, FSDPModule)]
+    parts = [m for m in net.modules() if hasattr(m, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
