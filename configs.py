@@ -115,6 +115,7 @@ class Optim:
     eps: float = 1e-8
     momentum: float = 0.95          # Muon's, with Nesterov
     ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
+    ns_dtype: str = "bf16"          # of Newton-Schulz's products: "bf16", or "fp32" (slower; to compare runs on different numbers of ranks)
     split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one
     decay: float = 0.0              # decoupled weight decay
     warmup: int = 10_000            # images of linear warm-up
@@ -137,6 +138,10 @@ class Train:
     precision: str = "auto"         # "bf16", "fp32", or "auto": bf16 wherever the device multiplies it fast
     compile: str = "auto"           # "yes", "no", or "auto": where a compiler is found
     checkpointing: bool = False     # recompute the blocks in backward: less memory, a third more work
+    parallel: str = "auto"          # over several ranks: "ddp" (weights whole), "fsdp" (sharded), "hsdp" (within a node); "auto": by size
+    shard: int = 0                  # hsdp: ranks that share one copy of the weights; 0 = those of a node
+    reduce: str = "fp32"            # gradients travel between ranks as "fp32" or "bf16"
+    timeout: int = 600              # seconds without progress after which a run of several ranks stops and says which rank hangs
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,9 @@ recipes = {c.name: c for c in (emoji, emoji_gpu, debug, nitro_debug, prx_512, pr
 
 def fail(message):
     """The user's mistake, in one line: says what to change, prints no stack trace."""
-    raise SystemExit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    stop = SystemExit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    stop.message = message                                  # another rank than the first says it through that one: see train.py
+    raise stop
 
 
 def cast(text, kind, key):
@@ -383,15 +390,18 @@ def check(c):
     one_of("sample.guide", s.guide, "cfg", "self")
     one_of("train.precision", t.precision, "auto", "bf16", "fp32")
     one_of("train.compile", t.compile, "auto", "yes", "no")
+    one_of("optim.ns_dtype", o.ns_dtype, "bf16", "fp32")
+    one_of("train.parallel", t.parallel, "auto", "ddp", "fsdp", "hsdp")
+    one_of("train.reduce", t.reduce, "fp32", "bf16")
     for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
-                "train.images", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
+                "train.images", "train.timeout", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
                 "latent.factor", "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden",
                 "perceptual.lpips_scale", "perceptual.dino_size"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")
     for key in ("model.bottleneck", "model.dual", "model.span",
                 "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
-                "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "align.size",
+                "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "train.shard", "align.size",
                 "align.norm", "align.until", "model.dense_after", "perceptual.lpips_weight", "perceptual.dino_weight", "perceptual.effnet_weight"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) >= 0, f"{key} must not be below zero")

@@ -1,10 +1,17 @@
 """Muon and AdamW against torch.optim, and the properties that make Newton-Schulz what it is."""
 import io
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import configs
 import kernels
@@ -207,3 +214,79 @@ def test_it_solves_a_least_squares_problem():
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < 1e-3 * losses[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Many ranks: pytest starts four processes of this file, which check every grid of up to four ranks
+
+GRIDS = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2)]        # replicas, shards: ddp (n, 1), fsdp (1, n), hsdp (2, 2)
+MATRICES, REST = [((96, 32), 3), ((32, 96), 1), ((32, 32), 1), ((21, 50), 3), ((2, 32), 2), ((32, 32), 1)], [(7, 5), (9,), (1,), (64, 3)]
+
+
+def optimizer(params, mesh=None):
+    for p, (_, pieces) in zip(params, MATRICES):
+        p.pieces = pieces
+    return muon.Muon([group(params[:len(MATRICES)]), group(params[len(MATRICES):], "adamw", 1e-2)], ns_dtype=torch.float32, mesh=mesh)
+
+
+def check_grid(replicas, shards):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: [torch.randn(s, generator=g) for s in (*(s for s, _ in MATRICES), *REST)]
+    start, steps, seen = draw(), [draw() for _ in range(4)], []
+    alone = [nn.Parameter(v.clone()) for v in start]
+    single = optimizer(alone)
+    mesh, everyone = DeviceMesh("cpu", torch.arange(replicas * shards).view(replicas, shards)), dist.new_group(range(replicas * shards))
+    if dist.get_rank() >= replicas * shards:
+        return
+    spread = lambda v: distribute_tensor(v, mesh, [Replicate(), Shard(0)], src_data_rank=None) if shards > 1 else v.clone()
+    params = [nn.Parameter(spread(v)) for v in start]
+    many = optimizer(params, mesh)
+    for k, grads in enumerate(steps):
+        for p, q, v in zip(alone, params, grads):
+            p.grad, q.grad = v.clone(), spread(v)
+        single.step(skip=torch.tensor(float(k == 2)))                           # the third step is skipped
+        original, seen[:] = muon.newton_schulz, []
+        muon.newton_schulz = lambda x, *args: seen.append((len(x), *x.shape[1:])) or original(x, *args)
+        many.step(skip=torch.tensor(float(k == 2)))
+        muon.newton_schulz = original
+        if k != 2:                                                              # every piece is orthogonalised once, by someone
+            told = [None] * replicas * shards
+            dist.all_gather_object(told, (sum(n for n, *_ in seen), sum(n * r * r * (2 * c + r) for n, r, c in seen)), everyone)
+            assert sum(n for n, _ in told) == sum(pieces for _, pieces in MATRICES)
+            assert max(f for _, f in told) <= max(sum(f for _, f in told) / len(told) * 1.35, 32 * 32 * 96)
+    for p, q in zip(alone, params):
+        full = q.detach().full_tensor() if shards > 1 else q.detach()
+        assert (full - p).abs().max() <= 1e-6, (replicas, shards, (full - p).abs().max())
+    for p, q in zip(alone, params):                                             # every number of the state is kept once, in its place
+        names = [n for n in single.state[p] if n != "step"]
+        for name in names:
+            found = torch.stack([torch.zeros(p.numel()), torch.zeros(p.numel())])
+            for r, n, at, x in many.segments():
+                if r is q and n == name:
+                    found[:, at:at + len(x)] += torch.stack([x, torch.ones(len(x))])
+            dist.all_reduce(found, group=everyone)
+            whole = torch.zeros(p.numel())
+            for r, n, at, x in single.segments():
+                if r is p and n == name:
+                    whole[at:at + len(x)] = x
+            assert (found[1] == 1).all() and (found[0] - whole).abs().max() <= 1e-6 and whole.abs().max() > 0
+    assert sum(x.numel() for s in many.state.values() for k, x in s.items() if k != "step") <= sum(p.numel() * 2 for p in alone) / replicas / shards + 3000
+
+
+def test_on_any_grid_of_ranks_it_equals_one_process():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", __file__]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS), done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for grid in GRIDS:
+        check_grid(*grid)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(grid, "equal", flush=True)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)

@@ -332,11 +332,12 @@ def test_released_weights_come_in_and_ours_go_out(autoencoder, tmp_path, capsys)
         model.load_state_dict(ours)
         # training from it, in a recipe of its shape
         import train
-        fresh, said = Denoiser(c, align_dim=8), []
-        assert train.load_weights(theirs, fresh, said.append) is None and "REPA head is new (6 tensors)" in said[0]
-        assert all(torch.equal(p, ours[n]) for n, p in fresh.state_dict().items() if not n.startswith("align."))
+        fresh, ema, optimizer = train.build(c, torch.device("cpu"), 8)
+        said = []
+        assert train.load_weights(theirs, fresh, ema, optimizer, said.append) is None and "REPA head is new (6 tensors)" in said[0]
+        assert all(torch.equal(p, ours[n]) for net in (fresh, ema) for n, p in net.state_dict().items() if not n.startswith("align."))
         with pytest.raises(SystemExit, match="is another model"):
-            train.load_weights(theirs, Denoiser(replace(c, model=replace(c.model, depth=5))), said.append)
+            train.load_weights(theirs, *train.build(replace(c, model=replace(c.model, depth=5)), torch.device("cpu"), 0), said.append)
         # out again: as a checkpoint of ours, then exported
         checkpoint = tmp_path / f"{recipe}_ours"
         checkpoint.mkdir()

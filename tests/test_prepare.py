@@ -627,7 +627,7 @@ def test_training_on_shards_is_training_on_the_images(hub, source, shards):
             q.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
 
     def parts(c, dataset, tokenize, null, *networks):
-        batch = train.place(c, next(data.batches(dataset, tokenize, c)), null, "cpu")
+        batch = train.to_device(c, next(data.batches(dataset, tokenize, c)), null, "cpu")
         return train.losses(c, model, batch, null, networks[0], networks[1], torch.Generator().manual_seed(0), networks[2])[1]
     pad = lambda a: torch.nn.functional.pad(a, (0, 0) * (a.ndim - 2) + (0, c.text.length - a.shape[1]))
     (online, _), (stored, _) = data.load(c), data.load(p)

@@ -1,0 +1,414 @@
+"""Several ranks: the same trajectory on any number of them in every mode, checkpoints that fit all, and what goes wrong on clusters.
+
+pytest starts processes of this very file: `python tests/test_cluster.py RANK FOLDER` runs the part of one rank in `ranks`,
+one training after the other in the same processes, because starting them is what takes the time."""
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import configs
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--config=debug --train.precision=fp32 --optim.ns_dtype=fp32 --model.size=16 --model.patch=4 --model.width=32 --model.depth=3 --text.vocab=400 "
+        "--train.batch=12 --train.micro_batch=1 --train.eval_every=0 --train.save_every=0 --train.log_every=1 --train.val_images=5 --sample.steps=1 "
+        "--optim.cooldown=0").split()
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def newest(folder):
+    return sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".tmp")[-1]
+
+
+def sums(checkpoint):
+    """sha256 by file: of what does not say how the run was started."""
+    return {k: v for k, v in json.loads((checkpoint / "sums.json").read_text()).items() if k != "config.json"}
+
+
+def damage(file, change):
+    file.write_bytes(change(file.read_bytes()))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What a rank does
+
+def group(rank, world, port):
+    """Environment of one training; false for a rank that has no part in it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    return rank < world
+
+
+def ranks(rank, folder, which):
+    train.leave = lambda world, watch=None: (watch and watch.over.set(), world > 1 and (dist.barrier(), dist.destroy_process_group()))  # lives on
+    ports = iter(range(int(os.environ["PORTS"]), 65536))
+    original = train.losses
+
+    def run(out, world, *args):
+        if group(rank, world, next(ports)):
+            train.main([*TINY, f"--out={folder / out}", "--train.images=360", *args])
+
+    def again(source, out, world, *args):
+        """Load a checkpoint on other ranks, in another mode, and write it again."""
+        if not group(rank, world, next(ports)):
+            return
+        c = configs.parse([*TINY, f"--out={folder / source}", "--train.images=360", *args])
+        device = train.start()[2]
+        model, ema, optimizer, _, _ = train.build(c, device, world=world)
+        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, index := train.digest_of(train.data.load(c)[0]))
+        bpe = train.pretrained.bpe_load(checkpoint / "bpe.tiktoken")
+        train.write(folder / out, step, c, bpe, index, *train.snapshot(model, ema, optimizer), rank, world)
+        train.leave(world)
+
+    def poisoned(bad, *args):
+        """A run in which rank `bad` has a NaN in the last micro-batch of the second step."""
+        calls = []
+
+        def losses(*a):
+            loss, parts = original(*a)
+            calls.append(loss)
+            return loss * (float("nan") if rank == bad and len(calls) == 12 else 1), parts
+        train.losses = losses
+        run(f"poisoned{bad}", 2, *args, "--train.images=72")
+        train.losses = original
+
+    def refused(name, world, *args, change=lambda: None):
+        """A run that must not start; the line that it ends with is printed."""
+        try:
+            change()
+            run(name, world, *args)
+        except SystemExit as stop:
+            print(f"{name}: {stop.code}", flush=True)
+            assert stop.code and (rank == 0) == str(stop.code).startswith("error: ")
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        else:
+            assert rank >= world, f"{name} was not refused"
+
+    def trajectories():
+        run("one", 1)
+        for world, mode in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):
+            run(f"{mode}{world}", world, f"--parallel={mode}", "--shard=2")
+
+    def elastic():
+        for k, (world, mode) in enumerate(((4, "fsdp"), (2, "ddp"), (1, "auto"), (3, "fsdp"), (4, "hsdp"), (3, "ddp"))):
+            again(f"again{k - 1}" if k else "one", f"again{k}", world, f"--parallel={mode}", "--shard=2")
+            run("elastic", world, f"--parallel={mode}", "--shard=2", f"--train.images={60 * k + 60}")
+
+    def poison():
+        poisoned(0, "--parallel=ddp")
+        poisoned(1, "--parallel=ddp")
+
+    def disk():
+        """It is full for rank 1, from the second checkpoint on; then the newest is damaged."""
+        args = ["--parallel=fsdp", "--train.save_every=24"]
+        run("full", 2, *args, "--train.images=24")
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))
+        refused("full", 2, *args, "--train.images=72")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        print("kept", rank, [p.name for p in (folder / "full").glob("step_*") if p.suffix != ".tmp"], flush=True)
+        run("full", 2, *args, "--train.images=96")
+        if rank == 0:
+            damage(newest(folder / "full") / "optimizer.safetensors", lambda b: b[:-999] + bytes([b[-999] ^ 4]) + b[-998:])
+        run("full", 2, *args, "--train.images=120")
+        if rank == 0:
+            damage(newest(folder / "full") / "ema.safetensors", lambda b: b[:-5])
+        run("full", 2, *args, "--train.images=360")
+
+    def slowness():
+        """Rank 1 computes for long in step 10, rank 0 waits for data in step 14."""
+        batches, counter = train.data.batches, iter(range(10_000))
+        train.losses = lambda *a: (time.sleep(2 * (rank == 1 and next(counter) == 60)), original(*a))[1]
+        train.data.batches = lambda *a: (b for k, b in enumerate(batches(*a)) if not time.sleep(2 * (rank == 0 and k == 84)))
+        run("slow", 2, "--parallel=ddp", "--train.images=192")
+        train.losses, train.data.batches = original, batches
+
+    def mistakes():
+        refused("config", 2, f"--optim.lr={1 + rank}", f"--seed={rank}")
+        setting, load = train.setting, train.data.load
+        train.setting = lambda *a: {**setting(*a), "code": "abc" if rank else "abd"}
+        refused("code", 2)
+        train.setting = lambda *a: {**setting(*a), "torch": f"2.13.{rank}"}
+        refused("torch", 2)
+        train.setting = setting
+
+        def other(c):
+            dataset, held_out = load(c)
+            dataset.captions = [["other"], *dataset.captions[1:]] if rank else dataset.captions
+            return dataset, held_out
+        train.data.load = other
+        refused("index", 2)
+        train.data.load = lambda c: train.fail("no folder elsewhere") if rank else load(c)
+        refused("absent", 2)
+        train.data.load = load
+        refused("odd", 2, "--train.micro_batch=4")
+        refused("hsdp", 2, "--parallel=hsdp")
+        refused("hsdp3", 3, "--parallel=hsdp", "--shard=2")
+        refused("one", 2, "--model.depth=4", "--train.images=720")
+        refused("fsdp2", 2, "--data=nowhere", "--train.images=720")
+        refused("busy", 2, "--train.images=24")
+
+    def half():
+        for mode in ("ddp", "fsdp"):
+            run(f"bf16{mode}", 2, f"--parallel={mode}", "--train.reduce=bf16", "--train.images=120")
+        for world in (1, 2):
+            run(f"half{world}", world, "--parallel=fsdp" if world > 1 else "--parallel=auto", "--train.images=120", "--train.precision=bf16",
+                f"--teacher={folder / 'vision'}", "--align.block=1", "--align.hidden=16")
+
+    for part in (trajectories, elastic, poison, disk, slowness, mistakes, half):
+        if part.__name__ in which or not which:
+            part()
+
+
+if __name__ == "__main__":
+    ranks(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What came of it
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """All those trainings, by four processes."""
+    from transformers import Dinov2Config, Dinov2Model
+    folder = tmp_path_factory.mktemp("ranks")
+    vision = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2)
+    Dinov2Model(vision).save_pretrained(folder / "vision")
+    (folder / "busy").mkdir()
+    lock = train.hold(folder / "busy")                                                                    # we are another run
+    env = {**ENV, "PORTS": str(20_000 + os.getpid() % 20_000)}
+    files = [open(folder / f"rank{r}.txt", "w+") for r in range(4)]
+    started = [subprocess.Popen([sys.executable, __file__, str(r), folder], cwd=ROOT, env=env, stdout=f, stderr=f) for r, f in enumerate(files)]
+    deadline = time.time() + 400
+    while time.time() < deadline and any(p.poll() is None for p in started) and not any(p.poll() for p in started):
+        time.sleep(0.1)
+    for p in started:
+        p.kill()
+    said = [(folder / f"rank{r}.txt").read_text() for r in range(4)]
+    assert all(p.wait() == 0 for p in started), "\n".join(text[-2000:] for text in said)
+    lock.close()
+    return folder, said
+
+
+def losses(folder):
+    return [r["loss"] for r in rows(folder) if "loss" in r]
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2", "ddp4", "fsdp4", "hsdp4", "elastic"])
+def test_the_trajectory_does_not_depend_on_the_ranks(done, name):
+    folder, _ = done
+    ours, theirs = losses(folder / "one"), losses(folder / name)
+    assert len(ours) == len(theirs) == 30 and max(abs(a - b) / a for a, b in zip(ours, theirs)) <= 1e-5
+    for file in ("model", "ema", "optimizer"):
+        a, b = (load_file(newest(folder / f) / f"{file}.safetensors") for f in ("one", name))
+        assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) <= 1e-4, file
+    norms = [[r["norm"] for r in rows(folder / f) if "norm" in r] for f in ("one", name)]
+    assert max(abs(a - b) / a for a, b in zip(*norms)) <= 1e-3
+    values = [[r["val_loss"] for r in rows(folder / f) if "val_loss" in r] for f in ("one", name)]
+    assert abs(values[0][-1] - values[1][-1]) <= 1e-5 * values[0][-1]
+    pictures = [(folder / f / "samples" / f"{360:010d}.png").stat().st_size for f in ("one", name)]
+    assert min(pictures) > 1000
+
+
+def test_a_checkpoint_loaded_on_other_ranks_and_written_again_is_the_same_to_the_bit(done):
+    folder, _ = done
+    chain = [sums(newest(folder / "one"))] + [sums(newest(folder / f"again{k}")) for k in range(6)]
+    assert {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "bpe.tiktoken"} == set(chain[0])
+    assert all(s == chain[0] for s in chain)
+
+
+def test_a_nan_on_one_rank_makes_all_ranks_skip_that_step(done):
+    folder, _ = done
+    assert sums(newest(folder / "poisoned0")) == sums(newest(folder / "poisoned1"))
+    bad = [[r["bad"] for r in rows(folder / f) if "bad" in r] for f in ("poisoned0", "poisoned1", "one")]
+    assert bad[0] == bad[1] == [0, 0, 1, 0, 0, 0] and max(bad[2]) == 0
+    step = load_file(newest(folder / "poisoned0") / "optimizer.safetensors")["img_in.0.weight.step"]
+    assert step == 5 and all(v.isfinite().all() for v in load_file(newest(folder / "poisoned1") / "model.safetensors").values())
+
+
+def test_gradients_reduced_as_bf16_are_close_and_not_the_same(done):
+    folder, _ = done
+    exact = [r["norm"] for r in rows(folder / "one") if "norm" in r][:10]
+    for mode in ("ddp", "fsdp"):
+        norms = [r["norm"] for r in rows(folder / f"bf16{mode}") if "norm" in r]
+        apart = [abs(a - b) / a for a, b in zip(exact, norms)]
+        assert len(norms) == 10 and 1e-6 < apart[0] < 2e-3 and max(apart) < 0.05
+
+
+def test_fsdp_in_bf16_with_a_repa_head(done):
+    folder, _ = done
+    one, two = losses(folder / "half1"), losses(folder / "half2")
+    assert len(one) == 10 and 0 < max(abs(a - b) / a for a, b in zip(one, two)) < 5e-3
+    head = [load_file(newest(folder / f) / "model.safetensors")["align.0.weight"] for f in ("half1", "half2")]
+    assert head[0].dtype == torch.float32 and (head[0] - head[1]).abs().max() < 0.02
+
+
+def test_a_full_disk_costs_a_checkpoint_and_damage_the_newest_and_neither_the_run(done):
+    folder, said = done
+    assert "WARNING: the checkpoint of step 4 could not be written: rank 1: [Errno 27] File too large" in said[0] and "the training goes on" in said[0]
+    assert all(f"kept {r} ['step_00000002']" in said[r] for r in (0, 1))
+    assert "full: error: the checkpoint of step 6 could not be written" in said[0] and [r["step"] for r in rows(folder / "full") if "failed" in r] == []
+    assert "step_00000008 is damaged (optimizer.safetensors does not match its sha256)" in said[0]
+    assert "step_00000010 is damaged (ema.safetensors is" in said[0] and not any("is damaged" in text for text in said[1:])
+    assert sums(newest(folder / "full")) == sums(newest(folder / "fsdp2"))
+
+
+def test_a_slow_rank_is_named_and_whether_it_waited_or_computed(done):
+    folder, _ = done
+    slow = {r["step"]: r["slow"] for r in rows(folder / "slow") if "slow" in r}
+    assert slow[11].startswith("rank 1 spent 2.") and "computing" in slow[11]
+    assert slow[15].startswith("rank 0 spent 2.") and "waiting for data" in slow[15]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("config", r"rank 1 is not set up as rank 0: --seed 1 \(rank 0: 0\), --optim.lr 2.0 \(rank 0: 1.0\)"),
+    ("code", r"rank 1 is not set up as rank 0: code abc \(rank 0: abd\)"), ("torch", r"torch 2.13.1 \(rank 0: 2.13.0\)"),
+    ("index", "rank 1 is not set up as rank 0: the data set"), ("absent", "rank 1: no folder elsewhere"),
+    ("odd", "3 micro-batches cannot be shared by 2 ranks"), ("hsdp", "2 ranks must be two or more times"), ("hsdp3", "3 ranks must be two or more"),
+    ("one", r"model.depth=3 \(now 4\)"), ("fsdp2", "no folder nowhere"), ("busy", "another run is writing into")])
+def test_what_cannot_run_together_is_one_line_on_the_first_rank_and_stops_all(done, name, words):
+    _, said = done
+    lines = [line for line in said[0].splitlines() if line.startswith(f"{name}: error: ")]
+    assert len(lines) == 1 and re.search(words, lines[0])
+    assert f"{name}: 1" in said[1].splitlines() and not any("Traceback" in text for text in said)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Processes that die, hang or are told to stop
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+def launch(out, *args):
+    """Under torchrun, which restarts all ranks when one ends badly (not with its default of one store for all attempts)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py"]
+    return subprocess.Popen([*command, *TINY, f"--out={out}", "--train.images=360", *args], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**ENV, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+
+def pair(out, *args):
+    """Two ranks without a launcher."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    env = {**ENV, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [subprocess.Popen([sys.executable, "train.py", *TINY, f"--out={out}", "--train.images=360", *args], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+
+
+def last(out):
+    """The last step in the log."""
+    try:
+        return max((r.get("step", 0) for r in rows(out)), default=0)
+    except (OSError, json.JSONDecodeError):
+        return 0
+
+
+def until(condition, *processes, seconds=90):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and all(p.poll() is None for p in processes), [p.kill() or p.communicate()[0][-3000:] for p in processes]
+        time.sleep(0.002)
+
+
+def pid_of(rank, out):
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"--out={out}".encode() in (path / "cmdline").read_bytes() and f"\0RANK={rank}\0".encode() in (path / "environ").read_bytes()
+            if ours and Path("/proc", (path / "stat").read_text().split()[3], "environ").read_bytes().count(b"\0RANK=") == 0:
+                return int(path.name)                                           # not one of its loader processes
+        except OSError:                                                         # others' processes, and those that have just ended
+            pass
+
+
+@linux
+def test_a_loader_and_a_rank_are_killed_and_the_launcher_restarts_to_the_same_end(done, tmp_path):
+    process = launch(tmp_path, "--parallel=ddp", "--train.save_every=24", "--data.workers=1")
+    until(lambda: last(tmp_path) >= 5, process)
+    rank = pid_of(1, tmp_path)
+    os.kill(int(Path(f"/proc/{rank}/task/{rank}/children").read_text().split()[-1]), signal.SIGKILL)
+    until(lambda: any("resumed" in r for r in rows(tmp_path)) and last(tmp_path) >= 9, process)
+    os.kill(pid_of(0, tmp_path), signal.SIGKILL)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 0 and sum("resumed" in r for r in rows(tmp_path)) == 2, said[-3000:]
+    assert "rank 1: a loader process has died" in said
+    assert sums(newest(tmp_path)) == sums(newest(done[0] / "ddp2"))
+
+
+@linux
+def test_the_launcher_is_told_to_stop_then_all_die_in_mid_write_and_it_ends_the_same(done, tmp_path):
+    process = launch(tmp_path, "--parallel=fsdp")
+    until(lambda: last(tmp_path) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    begun = time.time()
+    said = process.communicate(timeout=60)[0]
+    assert time.time() - begun < 25 and said.count("saved at image") == 1
+    at = int(newest(tmp_path).name[5:])
+    assert 5 <= at < 30
+    two = pair(tmp_path, "--parallel=fsdp", "--train.save_every=12")
+    torn = lambda: list(tmp_path.glob("step_*.tmp"))
+    until(lambda: last(tmp_path) > at + 1 and torn(), *two)
+    for p in two:
+        p.kill()
+    told = [p.communicate()[0] for p in two]
+    assert torn(), "killed too late"
+    two = pair(tmp_path, "--parallel=fsdp")
+    told = [p.communicate(timeout=120)[0] for p in two]
+    assert [p.returncode for p in two] == [0, 0] and not torn(), told
+    assert sums(newest(tmp_path)) == sums(newest(done[0] / "fsdp2"))
+
+
+@linux
+def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path):
+    two = pair(tmp_path, "--parallel=ddp", "--train.timeout=8")
+    until(lambda: last(tmp_path) >= 3, *two)
+    two[1].send_signal(signal.SIGSTOP)
+    try:
+        said = two[0].communicate(timeout=60)[0]
+    finally:
+        two[1].kill(), two[1].communicate()
+    assert two[0].returncode == 1
+    line = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert re.search(r"no progress for \d+ s: rank 1 \(last heard of \d+ s ago\) at .*; this rank, 0, waits at .*(all-reduce|gathered|reduced)", line)
+
+
+@linux
+@pytest.mark.skipif(not os.environ.get("NANOT2I_LONG"), reason="minutes: NANOT2I_LONG=1")
+def test_twenty_rounds_of_killing_a_random_rank_end_as_if_undisturbed(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: int(torch.randint(n, (), generator=g))
+    args = ["--parallel=ddp", "--train.save_every=60", "--train.images=9600"]
+    (tmp_path / "run").mkdir()
+    lock, rounds = tmp_path / "run" / "lock", []
+    while len(rounds) < 20:
+        begun = time.time_ns()
+        two = pair(tmp_path / "run", *args)
+        until(lambda: lock.exists() and lock.stat().st_mtime_ns > begun, *two)
+        time.sleep(draw(800) / 1000)
+        victim = draw(2)
+        two[victim].kill()
+        told = [p.communicate(timeout=60)[0] for p in two]                      # the other one notices, in one line
+        assert two[1 - victim].returncode == 1 and "Traceback" not in told[1 - victim], told
+        rounds.append(last(tmp_path / "run"))
+    assert len(set(rounds)) > 10 and rounds[-1] < 800
+    for out in ("run", "undisturbed"):
+        two = pair(tmp_path / out, *args)
+        assert all(p.communicate(timeout=200) and p.returncode == 0 for p in two)
+    assert sums(newest(tmp_path / "run")) == sums(newest(tmp_path / "undisturbed"))
