@@ -675,3 +675,19 @@ def test_training_on_buckets(source, tmp_path):
         train.main([*flags, f"--out={tmp_path / out}", f"--train.images={images}"])
     losses = [[row["loss"] for row in map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines()) if "loss" in row] for out in ("whole", "part")]
     assert len(losses[0]) == 4 and losses[0] == losses[1] and all(np.isfinite(losses[0]))
+
+
+@pytest.mark.parametrize("tokens, fp8, features, times", [(60, False, False, 4.0), (120, True, False, 4.0), (70, True, True, 4.0)])
+def test_bytes_of_a_sample_at_nitro_sizes(tokens, fp8, features, times, tmp_path):
+    """So many times smaller than AMD's: 256 x 2048 states and a mask of int64 always, the latent, and 256 x 768 features, in fp16."""
+    n, generator = 32, torch.Generator().manual_seed(0)
+    piece = {"captions": [["a word or two " * (tokens // 3)]] * n, "latent": torch.randn(n, 32, 16, 16, generator=generator).half(),
+             "text": torch.randn(n * tokens, 2048, generator=generator).bfloat16(), "tokens": torch.full((n,), tokens), "length": torch.full((n,), tokens)}
+    if features:
+        piece["teacher"] = torch.randn(n, 256, 768, generator=generator).bfloat16()
+    for key in ("text", "teacher") if fp8 else ():
+        if key in piece:
+            piece[key], piece[key + "_scale"] = writer.eighth(piece[key])
+    writer.save_file(writer.pack([piece]), tmp_path / "shard.safetensors")
+    theirs = 256 * 2048 * 2 + 256 * 8 + 32 * 16 * 16 * 2 + (256 * 768 * 2 if features else 0)
+    assert theirs / ((tmp_path / "shard.safetensors").stat().st_size / n) > times
