@@ -69,10 +69,10 @@ def ranks(rank, folder, which):
             return
         c = configs.parse([*TINY, f"--out={folder / source}", "--train.images=360", *args])
         device = train.start()[2]
-        model, ema, optimizer, _, _ = train.build(c, device, world=world)
+        model, ema, optimizer = train.build(c, device, 0, world)
         step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, index := train.digest_of(train.data.load(c)[0]))
         bpe = train.pretrained.bpe_load(checkpoint / "bpe.tiktoken")
-        train.write(folder / out, step, c, bpe, index, *train.snapshot(model, ema, optimizer), rank, world)
+        cluster.write(folder / out, step, c, bpe, index, *cluster.snapshot(model, ema, optimizer), rank, world)
         train.leave(world)
 
     def poisoned(bad, *args):

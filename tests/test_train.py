@@ -187,7 +187,7 @@ def test_kept_checkpoints(tmp_path):
     c = replace(configs.debug, train=replace(configs.debug.train, batch=16, keep_every=64))
     model = Denoiser(c)
     for step in range(2, 13, 2):
-        train.write(tmp_path, step, c, None, None, *train.snapshot(model, model, muon.build(model, c.optim)))
+        cluster.write(tmp_path, step, c, None, None, *cluster.snapshot(model, model, muon.build(model, c.optim)))
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 10, 12]
 
 
