@@ -222,7 +222,7 @@ debug = Config(
 
 nitro_debug = Config(
     # python tests/make_dcae.py out/dcae && python train.py --config=nitro_debug
-    # 2 CPU cores: an autoencoder in four minutes, then ten by design. The Nitro-T recipe, small, with no hub. Not run yet.
+    # 2 CPU cores: an autoencoder in four minutes, then ten by design, 28 on busy cores: 99% of held-out pictures found. See RESULTS.md.
     name="nitro_debug",
     latent=Latent(vae="out/dcae", factor=8),
     text=Text(length=12, width=192, depth=1, heads=3),
