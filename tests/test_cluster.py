@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ("--config=debug --train.precision=fp32 --optim.ns_dtype=fp32 --model.size=16 --model.patch=4 --model.width=32 --model.depth=3 --text.vocab=400 "
         "--train.batch=12 --train.micro_batch=1 --train.eval_every=0 --train.save_every=0 --train.log_every=1 --train.val_images=5 --sample.steps=1 "
         "--optim.cooldown=0").split()
+LONG = bool(os.environ.get("NANOT2I_LONG"))                  # all of it: some ten minutes
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -103,7 +104,7 @@ def ranks(rank, folder, which):
 
     def trajectories():
         run("one", 1)
-        for world, mode in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):
+        for world, mode in ((2, "ddp"), (2, "fsdp"), (4, "hsdp"), *([(4, "ddp"), (4, "fsdp")] if LONG else [])):
             run(f"{mode}{world}", world, f"--parallel={mode}", "--shard=2")
 
     def elastic():
@@ -213,7 +214,7 @@ def losses(folder):
     return [r["loss"] for r in rows(folder) if "loss" in r]
 
 
-@pytest.mark.parametrize("name", ["ddp2", "fsdp2", "ddp4", "fsdp4", "hsdp4", "elastic"])
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2", "hsdp4", "elastic", *(["ddp4", "fsdp4"] if LONG else [])])
 def test_the_trajectory_does_not_depend_on_the_ranks(done, name):
     folder, _ = done
     ours, theirs = losses(folder / "one"), losses(folder / name)
@@ -296,6 +297,7 @@ def test_what_cannot_run_together_is_one_line_on_the_first_rank_and_stops_all(do
 # Processes that die, hang or are told to stop
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+drill = pytest.mark.skipif(not LONG, reason="minutes: NANOT2I_LONG=1, as .ci/run says")
 
 
 def launch(out, *args):
@@ -339,6 +341,7 @@ def pid_of(rank, out):
             pass
 
 
+@drill
 @linux
 def test_a_loader_and_a_rank_are_killed_and_the_launcher_restarts_to_the_same_end(done, tmp_path):
     process = launch(tmp_path, "--parallel=ddp", "--train.save_every=24", "--data.workers=1")
@@ -353,6 +356,7 @@ def test_a_loader_and_a_rank_are_killed_and_the_launcher_restarts_to_the_same_en
     assert sums(newest(tmp_path)) == sums(newest(done[0] / "ddp2"))
 
 
+@drill
 @linux
 def test_the_launcher_is_told_to_stop_then_all_die_in_mid_write_and_it_ends_the_same(done, tmp_path):
     process = launch(tmp_path, "--parallel=fsdp")
@@ -376,6 +380,7 @@ def test_the_launcher_is_told_to_stop_then_all_die_in_mid_write_and_it_ends_the_
     assert sums(newest(tmp_path)) == sums(newest(done[0] / "fsdp2"))
 
 
+@drill
 @linux
 def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path):
     two = pair(tmp_path, "--parallel=ddp", "--train.timeout=8")
@@ -391,7 +396,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path):
 
 
 @linux
-@pytest.mark.skipif(not os.environ.get("NANOT2I_LONG"), reason="minutes: NANOT2I_LONG=1")
+@drill
 def test_twenty_rounds_of_killing_a_random_rank_end_as_if_undisturbed(tmp_path):
     g = torch.Generator().manual_seed(0)
     draw = lambda n: int(torch.randint(n, (), generator=g))
