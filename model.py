@@ -95,7 +95,8 @@ class Block(nn.Module):
         self.mlp_out = Linear(hidden, width, bias=False)
 
     def zero(self):
-        return [self.modulation]
+        """What is zero at first, so that the block is the identity."""
+        return [*self.modulation.parameters()]
 
     def text_kv(self, text, slots=None):
         """text (B, L, C) -> keys and values (B, H, L, D). They do not depend on t: a sampler computes them once."""
@@ -127,7 +128,7 @@ class DiTBlock(nn.Module):
         self.mlp_in, self.mlp_out = Linear(width, hidden), Linear(hidden, width)
 
     def zero(self):
-        return [self.table, self.cross_out]
+        return [self.table, *self.cross_out.parameters()]
 
     def text_kv(self, text, slots=None):
         return split_heads(on_tokens(self.txt_kv, text, slots), 2, self.heads)
@@ -164,7 +165,7 @@ class MMDiTBlock(nn.Module):
             self.txt_out, self.txt_mlp_in, self.txt_mlp_out = Linear(width, width), Linear(width, hidden), Linear(hidden, width)
 
     def zero(self):
-        return [self.modulation, self.txt_modulation]
+        return [*self.modulation.parameters(), *self.txt_modulation.parameters()]
 
     def heads_of(self, qkv, q_norm, k_norm):
         """(B, T, 3 C) -> queries, keys (both RMS-normed per head), values: (B, H, T, D) each."""
@@ -273,8 +274,8 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(kind(m, i) for i in range(m.depth))
         self.final = Final(width, pixels, table=m.kind == "dit")
         if m.zero:                                                         # every block starts as the identity, the output as 0
-            zero = [*(part for block in self.blocks for part in block.zero()), self.modulation, *self.final.children(), self.final.table]
-            for p in (p for part in zero if part is not None for p in (part.parameters() if isinstance(part, nn.Module) else [part])):
+            shared = self.modulation.parameters() if self.modulation else ()
+            for p in (*(p for block in self.blocks for p in block.zero()), *shared, *self.final.parameters()):
                 nn.init.zeros_(p)
         # The projector of REPA (Yu et al. 2024) or iREPA (arXiv 2512.10794): fp32, thrown away after training.
         self.align = None if not align_dim else nn.Conv2d(width, align_dim, 3, padding=1) if c.align.conv else nn.Sequential(
