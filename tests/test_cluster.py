@@ -418,3 +418,19 @@ def test_twenty_rounds_of_killing_a_random_rank_end_as_if_undisturbed(tmp_path):
         two = pair(tmp_path / out, *args)
         assert all(p.communicate(timeout=200) and p.returncode == 0 for p in two)
     assert sums(newest(tmp_path / "run")) == sums(newest(tmp_path / "undisturbed"))
+
+
+@drill
+def test_four_nodes_of_two_ranks_equal_one_process(tmp_path):
+    """Four launchers on one machine, which meet by rendezvous as nodes do; hsdp shards within a node and repeats across nodes."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=4", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+               "train.py", *TINY, "--train.batch=24", "--train.images=240", "--parallel=hsdp", f"--out={tmp_path / 'nodes'}"]
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(4)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert all(node.returncode == 0 for node in nodes), "\n".join(text[-1500:] for text in said)
+    alone = [sys.executable, "train.py", *TINY, "--train.batch=24", "--train.images=240", f"--out={tmp_path / 'alone'}"]
+    subprocess.run(alone, cwd=ROOT, env=ENV, check=True, capture_output=True)
+    ours, theirs = losses(tmp_path / "alone"), losses(tmp_path / "nodes")
+    assert len(ours) == len(theirs) == 10 and max(abs(a - b) / a for a, b in zip(ours, theirs)) <= 1e-5
