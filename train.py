@@ -586,7 +586,7 @@ def bench(c, repeats=20):
 
 LOADER, RANK = "a loader process has died (out of memory?)", "another rank has ended"                   # what an error then says, by its words
 DEATHS = {**dict.fromkeys(("DataLoader worker", "EOFError", "BrokenPipeError", "ConnectionRefusedError", "ConnectionResetError", "listener-"), LOADER),
-          **dict.fromkeys(("Connection closed by peer", "Connection reset by peer", "Broken pipe"), RANK)}
+          **dict.fromkeys(("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError", "DistStoreError"), RANK)}
 
 
 def main(argv):
