@@ -84,6 +84,8 @@ def shard(c, model, mesh):
 def whole(net):
     """All weights gathered for a while: then each rank may call the network as often as it likes, in whatever order."""
     parts = [m for m in net.modules() if hasattr(m, "unshard")]
+    if parts:
+        net._get_fsdp_state()._lazy_init()                  # else a block that is called before the whole, to sample, becomes a root of its own
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
