@@ -10,15 +10,12 @@ import plan
 import train
 from model import Denoiser
 
-PUBLIC = ["emoji", "prx_512", "prx_1024", "nitro_512", "nitro_1024", "nitro_1024_ft"]
-
-
 def printed(capsys, *flags):
     train.main(["--plan", *flags])
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", PUBLIC)
+@pytest.mark.parametrize("recipe", ["emoji", "prx_1024", "nitro_512", "nitro_1024"])       # the others are below
 def test_every_recipe_has_a_plan(recipe, capsys):
     out = printed(capsys, f"--config={recipe}")
     assert out.startswith(recipe) and "GPU-hours" in out and ("published" in out) == (recipe != "emoji")
