@@ -15,8 +15,8 @@ def printed(capsys, *flags):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", ["emoji", "prx_1024", "nitro_512", "nitro_1024"])       # the others are below
-def test_every_recipe_has_a_plan(recipe, capsys):
+@pytest.mark.parametrize("recipe", ["emoji", "nitro_1024"])
+def test_a_recipe_has_a_plan(recipe, capsys):
     out = printed(capsys, f"--config={recipe}")
     assert out.startswith(recipe) and "GPU-hours" in out and ("published" in out) == (recipe != "emoji")
 

@@ -140,6 +140,7 @@ def test_two_processes_follow_the_trajectory_of_one(whole, tmp_path):
     assert process.returncode != 0 and err.count("cannot be shared by 2 ranks") == 1
 
 
+@pytest.mark.skipif(not os.environ.get("NANOT2I_LONG"), reason="ten seconds: NANOT2I_LONG=1, as .ci/run says")
 def test_the_optimizer_state_is_that_of_bf16_runs_too(tmp_path):
     """Resume to the bit with bf16 products, as the recipes run."""
     a, b = tmp_path / "a", tmp_path / "b"
