@@ -228,11 +228,18 @@ def pixel_statistics(name, model_type):
         return getattr(image_utils, kind + "_MEAN"), getattr(image_utils, kind + "_STD")
 
 
+def looker(name, flag, config, device, weights):
+    """-> a frozen vision model, what to call it with at a size other than its own, and the mean and deviation of its pixels."""
+    from transformers import AutoModel
+    model, option = frozen(AutoModel, name, flag, config, device, weights), "interpolate_pos_encoding"    # the DINOs do it unasked
+    options = {option: True} if option in inspect.signature(model.forward).parameters else {}
+    return model, options, *(torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
+
+
 def teacher(c, device, weights=True):
     """-> callable: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, N, D), row by row on the denoiser's own grid.
 
     Layer -1 is the model's own last state, after its final norm where it has one for patches (CLIP has not)."""
-    from transformers import AutoModel
     name, config, grid = c.align.teacher, teacher_config(c, weights), c.side
     patch, depth = getattr(config, "patch_size", None), getattr(config, "num_hidden_layers", 0)
     if not isinstance(patch, int) or not depth or hasattr(config, "num_patches"):           # convolutional; SigLIP 2 NaFlex
@@ -244,10 +251,7 @@ def teacher(c, device, weights=True):
         fail(f"align.layer {layer} must lie in 1..{depth} (the teacher's blocks) or be -1 (after the last and its norm)")
     if layer > 0:
         config.num_hidden_layers = layer                    # later blocks are not even loaded
-    model = frozen(AutoModel, name, "--teacher", config, device, weights)
-    option = "interpolate_pos_encoding"                     # the DINOs do it unasked
-    options = {option: True} if option in inspect.signature(model.forward).parameters else {}
-    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
+    model, options, mean, std = looker(name, "--teacher", config, device, weights)
     token = c.model.size // grid                            # pixels of the denoiser's own token
 
     @torch.no_grad()
@@ -475,17 +479,13 @@ def effnet(c, device, weights=True):
 
 def dino(c, device, weights=True):
     """1 - cosine of the patch tokens of a vision transformer, mean over patches."""
-    from transformers import AutoModel
     name, flag, side = c.perceptual.dino, "--dino", c.perceptual.dino_size
     config = configuration(name, flag, weights)
     config = getattr(config, "vision_config", config)
     patch = getattr(config, "patch_size", None)
     if not isinstance(patch, int) or hasattr(config, "num_patches"):
         fail(f"{flag}={name} is a {config.model_type}, not a vision transformer that takes a plain image")
-    model = frozen(AutoModel, name, flag, config, device, weights)
-    option = "interpolate_pos_encoding"
-    options = {option: True} if option in inspect.signature(model.forward).parameters else {}
-    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
+    model, options, mean, std = looker(name, flag, config, device, weights)
 
     def distance(a, b):
         ratio = (a.shape[-2] / a.shape[-1]) ** 0.5          # the aspect ratio stays, but for the rounding to whole patches

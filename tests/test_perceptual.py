@@ -15,25 +15,12 @@ import pretrained
 import train
 from configs import Align, Perceptual, Route
 from model import Denoiser
+from test_pretrained import one_line, package
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--config=debug", "--train.precision=fp32", "--model.size=16", "--model.patch=4", "--model.width=32", "--text.vocab=400", "--train.batch=8",
         "--train.micro_batch=4", "--train.eval_every=0", "--train.save_every=160", "--train.log_every=1", "--train.val_images=8", "--sample.steps=1",
         "--sample.prompts=red apple"]
-
-
-def package(name, *parts):
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        pytest.skip(f"the package {name} is not installed")
-    return Path(spec.submodule_search_locations[0], *parts)
-
-
-def one_line(action, *words):
-    with pytest.raises(SystemExit) as stop:
-        action()
-    message = str(stop.value)
-    assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from PIL import Image
 import configs, data, pretrained
 import prepare as writer
 from test_data import picture, run, tokenize
+from test_pretrained import one_line
 
 SCRIPT = str(Path(data.__file__))
 WORDS = "<pad> </s> red green blue apple car dog house tree on a the of and with".split()
@@ -19,15 +20,6 @@ WORDS = "<pad> </s> red green blue apple car dog house tree on a the of and with
 
 def config(*args):
     return configs.parse(["--config=debug", *map(str, args)])
-
-
-def one_line(action, *words):
-    with pytest.raises(SystemExit) as stop:
-        action()
-    message = str(stop.value)
-    assert message.startswith("error: ") and "\n" not in message, message
-    for word in words:
-        assert str(word) in message, message
 
 
 @pytest.fixture(scope="module")
