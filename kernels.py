@@ -1,9 +1,14 @@
 """The operations that the models and the optimizer are made of, each as the plain PyTorch that defines it.
 
-A fused form, where one is worth its lines, stands beside its definition and is chosen here, nowhere else.
+A fused form, where one is worth its lines, stands beside its definition and is chosen here, nowhere else. So far none is:
+`torch.compile` fuses them block by block.
+
+    python kernels.py                       # microseconds, GB/s or TFLOP/s and error of each, eager and compiled, on this machine
 
     B batch, N image tokens, K kept image tokens, L text tokens, T keys, C channels, H heads, D head dim
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -138,3 +143,70 @@ def newton_schulz(g, kind="quintic", dtype=torch.bfloat16):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# How fast, and how exact
+
+def cases(big, device, dtype):
+    """(name, function, inputs, which of them have a gradient, FLOPs of the forward or 0): shapes of a routed block of prx_512, or of a CPU's."""
+    b, n, k, l, h, d, m = (32, 256, 128, 80, 28, 64, 6272) if big else (8, 64, 32, 16, 4, 64, 896)
+    c, t = h * d, k + l
+    rand = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
+    ids = torch.rand(b, n, device=device).argsort(1)[:, :k].sort(1).values
+    side = int(n ** 0.5)
+    table = rope_table(side, side, d, device=device)[ids].unsqueeze(1)                                    # (B, 1, K, D / 2, 2)
+    matrices = 4 if big else 8
+    mask = torch.arange(t, device=device) >= torch.arange(b, device=device)[:, None] % l                  # (B, T): some text is padding
+    return [
+        ("modulate_norm", modulate_norm, (rand(b, k, c), rand(b, c), rand(b, c)), 3, 0),
+        ("gated residual", lambda x, gate, y: x + gate[:, None] * y, (rand(b, k, c), rand(b, c), rand(b, k, c)), 3, 0),
+        ("norm_rope", lambda x, w, table: norm_rope(x, w, table, x.dtype), (rand(b, h, k, d), torch.ones(d, device=device, dtype=dtype), table), 2, 0),
+        ("geglu", geglu, (rand(b, k, 2 * m),), 1, 0),
+        ("gather_tokens", gather_tokens, (rand(b, n, c), ids), 1, 0),
+        ("scatter_tokens", scatter_tokens, (rand(b, n, c), rand(b, k, c), ids), 2, 0),
+        ("attention, no mask", attention, (rand(b, h, k, d), rand(b, h, t, d), rand(b, h, t, d)), 3, 4 * b * h * k * t * d),
+        ("attention, mask", attention, (rand(b, h, k, d), rand(b, h, t, d), rand(b, h, t, d), mask), 3, 4 * b * h * k * t * d),
+        ("newton_schulz", lambda g: newton_schulz(g, dtype=dtype), (rand(matrices, c, c),), 0, 5 * 3 * 2 * matrices * c ** 3),
+    ]
+
+
+def main():
+    import argparse
+    import torch.utils.benchmark as benchmark
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    args = parser.parse_args()
+    device, dtype, big = torch.device(args.device), getattr(torch, args.dtype), args.device.startswith("cuda")
+    median = lambda f: benchmark.Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).adaptive_autorange(max_run_time=1).median
+    side, long = (8192, 2 ** 28) if big else (1024, 2 ** 24)
+    a, line = torch.randn(side, side, device=device, dtype=dtype), torch.empty(long, device=device, dtype=torch.uint8)
+    peak, copy = 2 * side ** 3 / median(lambda: a @ a), 2 * long / median(lambda: line.clone())
+    print(f"{torch.cuda.get_device_name(device) if big else 'CPU'}, torch {torch.__version__}, {args.dtype}: "
+          f"a matrix product reaches {peak / 1e12:.2f} TFLOP/s, a copy {copy / 1e9:.1f} GB/s\n")
+    print(f"{'':20}{'eager us':>10}{'compiled':>10}{'of peak':>9}  {'with backward':>14}{'compiled':>10}   error of both, beside float64's")
+    for name, f, inputs, grads, work in cases(big, device, dtype):
+        torch.compiler.reset()
+        x = [v.requires_grad_(i < grads) for i, v in enumerate(inputs)]
+        moved = sum(v.numel() * v.itemsize for v in (*inputs, f(*inputs)))
+        f64 = f if name != "newton_schulz" else lambda g: newton_schulz(g, dtype=torch.float64)
+        exact = f64(*(v.detach().double() if v.is_floating_point() else v for v in inputs))
+        both = (f, torch.compile(f, dynamic=False))
+        error = [((g(*inputs).double() - exact).norm() / exact.norm()).item() for g in both]
+
+        def backward(g):
+            out = g(*inputs)
+            torch.autograd.grad(out, x[:grads], out.detach())
+
+        def forward(g):
+            with torch.no_grad():
+                g(*inputs)
+        once = [median(lambda: forward(g)) for g in both]                                                 # noqa: B023 (called at once)
+        twice = [median(lambda: backward(g)) for g in both] if grads else [math.nan] * 2                   # noqa: B023
+        share = work / once[1] / peak if work else moved / once[1] / copy
+        print(f"{name:20}{1e6 * once[0]:10.1f}{1e6 * once[1]:10.1f}{share:9.0%}  {1e6 * twice[0]:14.1f}{1e6 * twice[1]:10.1f}   {error[0]:.1e}  {error[1]:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -61,13 +61,16 @@ def compute_dtype(c, device):
 
 
 def compile_blocks(c, model, device):
-    """One compiled graph serves all blocks: seconds to compile, not minutes. Routing's gather and scatter stay outside."""
+    """One compiled graph serves all blocks: seconds to compile, not minutes. Routing's gather and scatter stay outside.
+
+    Texts and aspect buckets differ in length. On a GPU the graph takes any, after the first two; on CPU, where the compiler fails on
+    an MMDiT of any length, each has its own: they are few, text is cut in steps of 8."""
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     able = device.type == "cuda" or headers and any(map(shutil.which, ("g++", "clang++")))
     if c.train.compile == "yes" or c.train.compile == "auto" and able:
-        torch._dynamo.config.recompile_limit = 64                           # one graph per length of the text, in steps of 8
+        torch._dynamo.config.recompile_limit = 64
         for block in blocks_of(model):
-            block.compile(dynamic=False)
+            block.compile(dynamic=None if device.type == "cuda" else False)
         return True
     return False
 

@@ -1,0 +1,100 @@
+"""What each trick does to the `emoji` recipe: the same seconds for each, several seeds. -> a line per run in OUT/runs.jsonl, a table.
+
+    python tests/make_dinov2.py out/dinov2                       # a real teacher for REPA: see there what to install
+    python tests/ablate.py --teacher=out/dinov2                  # --images=25600 --seeds=0,1,2 --only=muon,v --out=out/ablation
+
+Equal time is by images: the steps of all variants are timed in turn (`train.py --bench`, OUT/rates.json), and each sees as many images
+as fit into the seconds that the recipe takes for --images. So other work on the machine, which slows a run, gives nobody fewer images;
+the rates want a quiet one. Equal images: also the dearer ones with all --images. What was run before is not run again.
+"""
+import argparse, collections, json, os, statistics, subprocess, sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent.parent
+TEACHER = "--align.block=2 --align.layer=9 --align.hidden=512 --teacher="
+VARIANTS = {
+    "recipe": "",                                                                   # x-prediction, Muon, dense
+    "v-prediction": "--flow.prediction=v",
+    "AdamW 2e-3": "--optim.name=adamw",
+    "AdamW 1e-3": "--optim.name=adamw --optim.adam_lr=1e-3",
+    "TREAD": "--model.route=1,4,0.5",
+    "REPA": TEACHER,
+    "perceptual": "--perceptual.effnet=yes",
+    "no EMA": "--optim.ema=0",
+}
+
+
+def call(*command):
+    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def rates(options, path, rounds=2):
+    """Images/s of every variant: the median of `rounds` timings in turn."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if missing := [name for name in options if name not in known]:
+        found = collections.defaultdict(list)
+        for name in tqdm(["recipe", *missing] * rounds, desc="rates"):
+            bench = call("train.py", "--bench=emoji", *options[name].split())
+            found[name].append(json.loads(bench.splitlines()[-1])["img_s"])
+        scale = known.get("recipe", found["recipe"])                                # a later timing counts against the first recipe's
+        scale = statistics.median(scale) / statistics.median(found["recipe"])
+        known |= {name: [scale * r for r in values] for name, values in found.items() if name not in known}
+        path.write_text(json.dumps(known, indent=1))
+    return {name: statistics.median(known[name]) for name in options}
+
+
+def run(folder, options, images, seed):
+    call("train.py", "--config=emoji", *options.split(), f"--seed={seed}", f"--train.images={images}", f"--out={folder}", "--train.eval_every=0",
+         "--train.save_every=0")
+    call("evaluate.py", f"--checkpoint={folder}", "--n=109", "--steps=10", f"--out={folder}/evaluation.json")
+    found = json.loads((folder / "evaluation.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    scores = {f"{key} {which}": found["retrieval"][which][key] for which in ("seen", "heldout") for key in ("emoji top-1", "emoji top-5")}
+    return {"loss": found["loss"]["loss"], **scores, "minutes": max(line.get("minutes", 0) for line in log)}
+
+
+def table(rows):
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row["equal"], row["variant"], row["images"]].append(row)
+    for (equal, name, images), group in sorted(groups.items(), key=lambda item: (item[0][0] != "time", item[0][0], list(VARIANTS).index(item[0][1]))):
+        spread = lambda key, scale, digits: (f"{scale * statistics.mean(r[key] for r in group):.{digits}f} "
+                                             f"({scale * min(r[key] for r in group):.{digits}f} to {scale * max(r[key] for r in group):.{digits}f})")
+        numbers = spread("loss", 1, 4), spread("emoji top-1 seen", 100, 0), spread("emoji top-1 heldout", 100, 0)
+        print(f"| {name} | {equal} | {images:,} | {' | '.join(numbers)} | {len(group)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=25_600)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", help="variants, parted by commas")
+    parser.add_argument("--teacher", default="out/dinov2")
+    parser.add_argument("--out", default="out/ablation", type=Path)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    options = {name: text + args.teacher * text.endswith("--teacher=") for name, text in VARIANTS.items()}
+    speed = rates(options, out / "rates.json")
+    fit = {name: int(args.images * speed[name] / speed["recipe"]) // 64 * 64 for name in options}
+    plan = [(seed, "time", name, fit[name]) for seed in args.seeds.split(",") for name in options]
+    plan += [(seed, "images", name, args.images) for seed in args.seeds.split(",") for name in options if fit[name] < 0.8 * args.images]
+    path = out / "runs.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for seed, equal, name, images in tqdm(plan, desc="runs"):
+        if args.only and name not in args.only.split(",") or any((r["seed"], r["equal"], r["variant"]) == (int(seed), equal, name) for r in done):
+            continue
+        folder = out / f"{name.replace(' ', '_')}_{equal}_{seed}"
+        done.append({"variant": name, "equal": equal, "seed": int(seed), "images": images, "img_s": speed[name], **run(folder, options[name], images, seed)})
+        with path.open("a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+    table(done)
+
+
+if __name__ == "__main__":
+    main()
