@@ -115,7 +115,7 @@ class Optim:
     eps: float = 1e-8
     momentum: float = 0.95          # Muon's, with Nesterov
     ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
-    ns_dtype: str = "bf16"          # of Newton-Schulz's products: "bf16", or "fp32" (slower; to compare runs on different numbers of ranks)
+    ns_dtype: str = "bf16"          # of Newton-Schulz's products, and of updates that replicas send each other; "fp32": slower, to compare ranks
     split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one
     decay: float = 0.0              # decoupled weight decay
     warmup: int = 10_000            # images of linear warm-up

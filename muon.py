@@ -174,17 +174,25 @@ class Muon(torch.optim.Optimizer):
         return s
 
     def adamw(self, params, lr, decay, skip):
+        """Each replica updates its share and learns of the others'. With ns_dtype bf16 the changes travel as bf16, half the bytes, as Muon's
+        do; then all add what was sent, the owner too, and stay equal to the bit."""
         state, parts = [self.moments(p) for p in params], [self.share(p) for p in params]
+        rounded = self.replicas > 1 and self.ns_dtype == torch.bfloat16
+        before = [part.clone() for part in parts] if rounded else parts
         adamw(parts, [self.share(p.grad) for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
               [s["step"] for s in state], fused=True, found_inf=skip, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1],
               lr=lr, weight_decay=decay, eps=self.eps, maximize=False)
         if self.replicas > 1:
+            sent = torch._foreach_sub(parts, before) if rounded else parts
+            if rounded:
+                torch._foreach_copy_(parts, before)
             sizes = [-(-local(p).numel() // self.replicas) for p in params]
-            sent = torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(parts, sizes)])
+            sent = torch.cat([F.pad(x.to(self.ns_dtype), (0, size - len(x))) for x, size in zip(sent, sizes)])
             got = sent.new_empty(self.replicas * len(sent))
             all_gather(got, sent, self.across)
             for p, x in zip(params, got.view(self.replicas, -1).split(sizes, 1)):
-                local(p).view(-1).copy_(x.flatten()[:local(p).numel()])
+                whole, x = local(p).view(-1), x.flatten()[:local(p).numel()]
+                whole.add_(x) if rounded else whole.copy_(x)
 
     def segments(self):
         """What this rank keeps of the state: (p, name, start, tensor), where the tensor is entries start, start + 1, ... of the

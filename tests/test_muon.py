@@ -273,11 +273,39 @@ def check_grid(replicas, shards):
     assert sum(x.numel() for s in many.state.values() for k, x in s.items() if k != "step") <= sum(p.numel() * 2 for p in alone) / replicas / shards + 3000
 
 
+def check_rounded(replicas, shards):
+    """AdamW with changes that travel as bf16: each step adds the rounded change, everywhere the same."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: [torch.randn(s, generator=g) for s in REST]
+    start, steps, adamw = draw(), [draw() for _ in range(30)], lambda params, mesh=None: muon.Muon([group(params, "adamw", 1e-2)], mesh=mesh)
+    alone = [nn.Parameter(v.clone()) for v in start]
+    mesh, everyone = DeviceMesh("cpu", torch.arange(replicas * shards).view(replicas, shards)), dist.new_group(range(replicas * shards))
+    if dist.get_rank() >= replicas * shards:
+        return
+    spread = lambda v: distribute_tensor(v, mesh, [Replicate(), Shard(0)], src_data_rank=None) if shards > 1 else v.clone()
+    full = lambda q: q.detach().full_tensor() if shards > 1 else q.detach()
+    params = [nn.Parameter(spread(v)) for v in start]
+    single, many, path = adamw(alone), adamw(params, mesh), [torch.zeros_like(v) for v in start]
+    for k, grads in enumerate(steps):
+        before = [p.detach().clone() for p in alone]
+        for p, q, v in zip(alone, params, grads):
+            p.grad, q.grad = v.clone(), spread(v)
+        single.step(skip=torch.tensor(float(k == 2)))
+        many.step(skip=torch.tensor(float(k == 2)))
+        path = [a + (p.detach() - b).abs() for a, p, b in zip(path, alone, before)]
+        if k == 0:                                          # by definition
+            assert all(torch.equal(full(q), b + (p.detach() - b).bfloat16()) for p, q, b in zip(alone, params, before))
+    apart = [(full(q) - p.detach()).abs() for p, q in zip(alone, params)]
+    assert all((a <= 2 ** -9 * way + 1e-6).all() for a, way in zip(apart, path)) and max(a.max() for a in apart) > 0
+    dist.all_gather_object(told := [None] * replicas * shards, [full(q) for q in params], everyone)
+    assert all(torch.equal(a, b) for other in told for a, b in zip(told[0], other))
+
+
 def test_on_any_grid_of_ranks_it_equals_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", __file__]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS), done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS) + 3, done.stderr[-3000:]
 
 
 if __name__ == "__main__":
@@ -287,6 +315,11 @@ if __name__ == "__main__":
         dist.barrier()
         if dist.get_rank() == 0:
             print(grid, "equal", flush=True)
+    for grid in [(2, 1), (3, 1), (2, 2)]:
+        check_rounded(*grid)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(grid, "rounded, equal", flush=True)
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
