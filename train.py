@@ -220,8 +220,11 @@ class Log:
             return
         row = {"step": step, "images": step * self.batch, **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}}
         try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            with open(self.path, "ab", buffering=0) as f:
+                at, line = f.tell(), (json.dumps(row) + "\n").encode()
+                if f.write(line) < len(line):
+                    f.truncate(at)                                                                        # no half of a line
+                    raise OSError("the disk is full")
         except OSError as error:                                                                          # a full disk ends no run
             tqdm.write(f"WARNING: no line in the log: {error}", file=sys.stderr)
         if self.remote:

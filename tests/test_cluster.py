@@ -333,6 +333,13 @@ def until(condition, *processes, seconds=90):
         time.sleep(0.002)
 
 
+def session(pid):
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
 def pid_of(rank, out):
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -380,6 +387,76 @@ def test_the_launcher_is_told_to_stop_then_all_die_in_mid_write_and_it_ends_the_
     told = [p.communicate(timeout=120)[0] for p in two]
     assert [p.returncode for p in two] == [0, 0] and not torn(), told
     assert sums(newest(tmp_path)) == sums(newest(done[0] / "fsdp2"))
+
+
+@drill
+@linux
+def test_the_slurm_script_saves_ends_with_0_and_queues_again_when_told_to_stop(tmp_path):
+    """The script itself, torchrun and the ranks; of Slurm's commands only what they are asked for here. As Slurm does, all processes of the step are told."""
+    (tmp_path / "srun").write_text("#!/bin/bash\nexec setsid ${@:2}\n".replace("${@:2}", '"${@:2}"'))       # one node
+    (tmp_path / "scontrol").write_text('#!/bin/bash\n[ $1 = show ] && echo localhost || echo "$@" >> queue\n')
+    (tmp_path / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    for tool in ("srun", "scontrol", "torchrun"):
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    script = (ROOT / "launch.sbatch").read_text().replace(":29500", f":{port}")
+    env = {**ENV, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "localhost"}
+
+    def submit(*args):
+        command = ["bash", "-c", script, "launch.sbatch", *TINY, "--parallel=ddp", "--train.images=360", f"--out={tmp_path / 'run'}", *args]
+        return subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    process = submit()
+    until(lambda: last(tmp_path / "run") >= 5, process)
+    step = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+    for pid in [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(p) == int(step)]:
+        os.kill(pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and said.count("saved at image") == 1 and "Traceback" not in said, said[-3000:]
+    assert (tmp_path / "queue").read_text() == "requeue 7\n" and not list(tmp_path.glob("*.stopped"))
+    assert 5 <= int(newest(tmp_path / "run").name[5:]) < 30
+    process = submit()
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 0 and (tmp_path / "queue").read_text() == "requeue 7\n" and rows(tmp_path / "run")[-1]["step"] == 30, said[-3000:]
+    process = submit("--optim.lr=2")
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 1 and "holds a run with optim.lr=" in said and (tmp_path / "queue").read_text() == "requeue 7\n"
+
+
+FULL = """
+mount -t tmpfs -o size=16m none disk
+"$@" --out=disk/run > said 2>&1 &
+until [ -e disk/run/step_00000004 ]; do sleep 0.01; done
+cat /dev/zero > disk/filler                             # until nothing is left
+until grep -q 'could not be written' said; do sleep 0.01; done
+ls disk/run > left
+rm disk/filler
+wait $!
+echo $? > code
+cp -r disk/run run
+"""
+
+
+@drill
+@linux
+@pytest.mark.skipif(subprocess.call("unshare -rm true", shell=True, stderr=subprocess.DEVNULL) != 0, reason="no mount namespaces here")
+def test_a_disk_that_fills_up_and_empties_again_costs_nothing_but_some_checkpoints(tmp_path):
+    """A real one, of 16 MiB, in a namespace of its own."""
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *TINY, "--parallel=ddp",
+               "--train.images=2400", "--train.save_every=24", "--train.eval_every=240"]
+    tried = subprocess.run(["unshare", "-rm", "bash", "-c", FULL, "bash", *command], cwd=tmp_path, env=ENV, timeout=200, capture_output=True, text=True)
+    said = (tmp_path / "said").read_text()
+    assert tried.returncode == 0 and (tmp_path / "code").read_text() == "0\n" and "No space left on device" in tried.stderr, said[-3000:] + tried.stderr
+    assert re.search(r"WARNING: the checkpoint of step \d+ could not be written: .*No space left on device", said) and "the training goes on" in said
+    kept = [line for line in (tmp_path / "left").read_text().splitlines() if re.fullmatch(r"step_\d+", line)]
+    assert len(kept) == 2 and "Traceback" not in said
+    assert newest(tmp_path / "run").name == "step_00000200" and rows(tmp_path / "run")[-1]["step"] == 200
+    two = pair(tmp_path / "alone", "--parallel=ddp", "--train.images=2400")
+    assert all(p.communicate(timeout=200) and p.returncode == 0 for p in two)
+    assert sums(newest(tmp_path / "run")) == sums(newest(tmp_path / "alone"))
 
 
 @drill
