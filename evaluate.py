@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint, and the pictures that the scorers of two benchmarks want.
+"""The numbers of a checkpoint, and the pictures that two benchmarks' own scorers want.
 
     python evaluate.py --checkpoint=runs/emoji
     python evaluate.py --what=retrieval --n=100 --set=heldout --guidance=4 --features=path/to/vision/model
@@ -198,7 +198,7 @@ def dinov2(name, device, size=224):
     @torch.no_grad()
     def encode(images):
         return model(pixel_values=(resized(images, size, device) / 255 - mean) / std, **options).last_hidden_state[:, 0].cpu()
-    encode.dim, encode.mark = config.hidden_size, mark(model, size)
+    encode.dim, encode.mark = config.hidden_size, mark(model, config.to_json_string(), size, mean, std)
     return encode
 
 
@@ -221,15 +221,15 @@ def clip(name, device):
     def read(texts):
         ids, mask = pretrained.own_tokens(own, length, False, texts)
         return unit(model.get_text_features(ids.to(device), mask.to(device).long()))
-    encode.dim, encode.mark, encode.read = config.projection_dim, mark(model, size), read
+    encode.dim, encode.mark, encode.read = config.projection_dim, mark(model, config.to_json_string(), size, mean, std), read
     return encode
 
 
-def mark(model, size):
-    """A checksum of a network and what it sees: the configuration; the name, shape and first numbers of every weight."""
-    total = hashlib.sha256(f"bicubic, {size} pixels, {model.config.to_json_string()}".encode())
+def mark(model, *about):
+    """A checksum of a network and what it is shown: its kind; the name, shape and first numbers of every weight."""
+    total = hashlib.sha256(repr((type(model).__name__, "bicubic", [x.tolist() if torch.is_tensor(x) else x for x in about])).encode())
     for key, value in model.state_dict().items():
-        total.update(f"{key} {tuple(value.shape)}".encode() + value.flatten()[:16].cpu().numpy().tobytes())
+        total.update(f"{key} {tuple(value.shape)} {value.flatten()[:16].tolist()}".encode())
     return total.hexdigest()
 
 
@@ -240,11 +240,11 @@ def measure(networks, keep, pictures, n, device):
                     **({"rows": torch.zeros(n, f.dim)} if name in keep else {})} for name, f in networks.items()}
     for numbers, images in pictures:
         for name, encode in networks.items():
-            x, sums = encode(images), found[name]
-            sums["mean"] += x.double().sum(0)
-            sums["cov"] += x.double().T @ x.double()
+            x, sums = encode(images).double(), found[name]
+            sums["mean"] += x.sum(0)
+            sums["cov"] += x.T @ x
             if name in keep:
-                sums["rows"][numbers] = x
+                sums["rows"][numbers] = x.float()
     for sums in found.values():
         for key in sums:
             sums[key] = summed(sums[key], device)
@@ -264,18 +264,23 @@ def real(dataset, index, vae):
         yield numbers[i:i + BATCH], [picture_of(dataset, index[j], vae) for j in numbers[i:i + BATCH]]
 
 
-def picture_of(dataset, i, vae):
+def stored(dataset, i):
+    """The picture, or the latent that stands for it."""
     item, _ = dataset.get(i, 0)
-    if isinstance(item, dict) and "latent" in item:
-        return ((vae.decode(item["latent"][None])[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    return torch.as_tensor(item["image"] if isinstance(item, dict) else item)
+    return item["latent" if "latent" in item else "image"] if isinstance(item, dict) else torch.from_numpy(item)
+
+
+def picture_of(dataset, i, vae):
+    x = stored(dataset, i)
+    return x if x.dtype == torch.uint8 else ((vae.decode(x[None])[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def reference(networks, keep, dataset, index, captions, vae, home, device):
-    """`measure` of the real pictures. What was measured before is read from `home`, on the first rank only."""
+    """`measure` of the real pictures. What was measured before is read from `home`, on the first rank only. The files know their
+    pictures by all captions and some sixteen of the pictures themselves."""
     rank, world = share()
-    pixels = [picture_of(dataset, index[j], vae).numpy().tobytes() for j in range(0, len(index), 1 + len(index) // 16)]
-    items = hashlib.sha256(repr((captions, len(dataset), pixels, vae is not None)).encode()).hexdigest()
+    some = [stored(dataset, i).numpy().tobytes() for i in index[::1 + len(index) // 16]]
+    items = hashlib.sha256(repr((captions, len(dataset), some, vae and mark(vae.model))).encode()).hexdigest()
     files = {name: home / f"{name}-{len(index)}.safetensors" for name in networks}
     marks = {name: f"{items} {encode.mark}" for name, encode in networks.items()}
     found = {name: read_features(files[name], marks[name], name in keep) if rank == 0 else None for name in networks}
@@ -524,7 +529,8 @@ def main():
     if args.geneval and args.dpg or (args.geneval or args.dpg) and what:
         configs.fail("give one of --what, --geneval and --dpg")
     rank, world, device = cluster.start()
-    torch.set_float32_matmul_precision("highest")           # of features: TF32 would move their distances
+    torch.set_float32_matmul_precision("highest")           # TF32 would move the distances of features
+    torch.backends.cudnn.allow_tf32 = False
     if world > 1 and args.device and torch.device(args.device).type != device.type:
         configs.fail(f"--device={args.device}: under torchrun each rank has its own {device.type}")
     with one_line("try --device=cpu"):

@@ -39,20 +39,31 @@ def bytes_of(n, height=20, width=20, seed=0):
     return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear") * 255).byte()
 
 
+def tiny_dinov2(folder):
+    from transformers import Dinov2Config, Dinov2Model
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=28)
+    Dinov2Model(Dinov2Config(**size, layerscale_value=1.0, initializer_range=0.2)).save_pretrained(folder)
+
+
+def tiny_clip(folder):
+    """With its tokenizer, whose words are letters."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocab = {word: i for i, word in enumerate([*letters, *(a + "</w>" for a in letters), "<|startoftext|>", "<|endoftext|>"])}
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    text = dict(size, vocab_size=len(vocab), bos_token_id=52, eos_token_id=53, pad_token_id=53)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=dict(size, image_size=32, patch_size=8), projection_dim=24,
+                         initializer_factor=5.0)).save_pretrained(folder)
+    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     """Folders of a tiny random DINOv2 and a tiny random CLIP with its tokenizer, as one would download them."""
-    import transformers as T
     home = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    T.Dinov2Model(T.Dinov2Config(**size, image_size=112, patch_size=28, layerscale_value=1.0, initializer_range=0.2)).save_pretrained(home / "dinov2")
-    vocab = {x: i for i, x in enumerate([a + end for end in ("", "</w>") for a in "abcdefghijklmnopqrstuvwxyz"] + ["<|startoftext|>", "<|endoftext|>"])}
-    ids = dict(bos_token_id=vocab["<|startoftext|>"], eos_token_id=vocab["<|endoftext|>"], pad_token_id=vocab["<|endoftext|>"])
-    size.update(intermediate_size=64, initializer_range=0.2)
-    T.CLIPModel(T.CLIPConfig(text_config=dict(size, vocab_size=len(vocab), **ids), vision_config=dict(size, image_size=32, patch_size=8),
-                             projection_dim=24, initializer_factor=5.0)).save_pretrained(home / "clip")
-    T.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(home / "clip")
+    tiny_dinov2(home / "dinov2")
+    tiny_clip(home / "clip")
     (home / "dinov2" / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.3], "image_std": [0.2, 0.3, 0.25]}')
     return home
 
@@ -87,6 +98,7 @@ class Flat(torch.nn.Module):
         return x.flatten(1).double()
 
 
+@pytest.mark.filterwarnings("ignore:Metric")
 def test_frechet_and_kid_equal_torchmetrics():
     pytest.importorskip("torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -300,9 +312,12 @@ def test_the_checksum_of_a_network_is_of_its_weights_and_what_it_sees(networks, 
     mark = evaluate.dinov2(str(networks / "dinov2"), "cpu").mark
     assert mark == evaluate.dinov2(str(networks / "dinov2"), "cpu").mark != evaluate.dinov2(str(networks / "dinov2"), "cpu", size=112).mark
     model = Dinov2Model.from_pretrained(networks / "dinov2")
-    model.layernorm.bias.data[0] += 1e-6
-    model.save_pretrained(tmp_path)
-    assert evaluate.dinov2(str(tmp_path), "cpu").mark != mark
+    about = (networks / "dinov2" / "preprocessor_config.json").read_text()
+    for bias, text, same in ((0, about, True), (0, about.replace("0.3", "0.4"), False), (1e-6, about, False)):
+        model.layernorm.bias.data[0] += bias
+        model.save_pretrained(tmp_path)                     # another place, the same network
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        assert (evaluate.dinov2(str(tmp_path), "cpu").mark == mark) == same
 
 
 # ------------------------------------------------------------------------------------------------------------------
