@@ -2,7 +2,7 @@
 
     python evaluate.py --checkpoint=runs/emoji
     python evaluate.py --what=retrieval --n=100 --set=heldout --guidance=4 --features=path/to/vision/model
-    torchrun --nproc_per_node=8 evaluate.py --what=fd,kid,cmmd,clip --n=30000 --data=path/to/folder --set=both
+    torchrun --nproc_per_node=8 -- evaluate.py --what=fd,kid,cmmd,clip --n=30000 --data=path/to/folder --set=both
     torchrun --nproc_per_node=8 evaluate.py --geneval=evaluation_metadata.jsonl --out=out/geneval
     torchrun --nproc_per_node=8 evaluate.py --dpg=path/to/prompts --out=out/dpg
 
@@ -12,9 +12,9 @@ fd, kid     Frechet distance and kernel distance of DINOv2 features of samples t
 cmmd        maximum mean discrepancy of CLIP embeddings: the same with another kernel, steady with fewer pictures
 clip        CLIP score: 100 cos(picture, prompt)
 
-fd to clip: the captions of n real pictures are the prompts, sample i has seed --seed + i. The pictures that a scorer wants are
-spread over the ranks; the same command goes on where it was. GenEval: OUT/00000/metadata.jsonl, OUT/00000/samples/0000.png to
-0003.png; DPG-Bench: OUT/<name of the prompt>.png, four pictures in a square.
+fd to clip: the captions of n real pictures are the prompts, sample i has seed --seed + i. (The -- keeps torchrun from taking --n
+for an option of its own.) The pictures that a scorer wants are spread over the ranks; the same command goes on where it was.
+GenEval: OUT/00000/metadata.jsonl, OUT/00000/samples/0000.png to 0003.png; DPG-Bench: OUT/<prompt's file>.png, four in a square.
 """
 import dataclasses, hashlib, json, math
 from itertools import count
@@ -262,6 +262,8 @@ def real(dataset, index, vae):
     numbers = [*range(rank, len(index), world)]
     for i in bar(iterable=range(0, len(numbers), BATCH), desc="real pictures", unit="batch"):
         yield numbers[i:i + BATCH], [picture_of(dataset, index[j], vae) for j in numbers[i:i + BATCH]]
+        if (bad := getattr(dataset, "bad", None)) is not None:
+            bad.note()                                      # a broken picture gave way to its neighbour: say so, and stop if they are many
 
 
 def stored(dataset, i):
@@ -394,7 +396,7 @@ def against_real(model, c, tokenize, encode, dataset, networks, what, n, seed, h
     asked = [(seed + i, captions[i]) for i in range(rank, n, world)]
     drawn = samples(model, c, tokenize, encode, asked, "samples", vae)
     ours = measure(networks, keep, (([s - seed for s, _ in part], images) for part, images in drawn), n, device)
-    found = {"pictures": n, "of": len(dataset)}
+    found = {"pictures": n, "of": len(dataset), "decoded": stored(dataset, index[0]).dtype != torch.uint8}
     if "clip" in what:
         texts = torch.zeros(n, networks["clip"].dim)
         for i in range(rank * BATCH, n, world * BATCH):
@@ -420,12 +422,12 @@ def against_real(model, c, tokenize, encode, dataset, networks, what, n, seed, h
 def geneval(path):
     """The lines of evaluation_metadata.jsonl -> [(prompt, folder, line)]."""
     found = []
-    for i, line in enumerate(read_text(path, "--geneval").splitlines()):
+    for i, line in enumerate(read_text(path, "--geneval").strip().split("\n")):
         prompt = data.attempt(lambda line: json.loads(line)["prompt"], line)
         if not isinstance(prompt, str):
             configs.fail(f"--geneval={path}: line {i + 1} is no JSON object with a prompt")
         found.append((prompt, f"{i:05d}", line))
-    return found or configs.fail(f"--geneval={path} is empty")
+    return found
 
 
 def dpg(folder):
@@ -492,7 +494,8 @@ def show_retrieval(found, features):
 
 def show_distances(found, networks, home):
     n = found["pictures"]
-    print(f"{n} samples against as many of {found['of']} real pictures; features of these in {home}")
+    decoded = ", decoded from their latents" if found["decoded"] else ""
+    print(f"{n} samples against as many of {found['of']} real pictures{decoded}; features of these in {home}")
     for key in (key for key in ENOUGH if key in found):
         value, name = found[key], networks[NEEDS[key]]
         text = {"fd": lambda: f"FD {value:.3f}",
@@ -534,11 +537,14 @@ def main():
     if world > 1 and args.device and torch.device(args.device).type != device.type:
         configs.fail(f"--device={args.device}: under torchrun each rank has its own {device.type}")
     with one_line("try --device=cpu"):
-        (draw if args.geneval or args.dpg else numbers)(args, what, rank, world)
+        if args.geneval or args.dpg:
+            draw(args, rank)
+        else:
+            numbers(args, what, rank, world)
     cluster.leave(world)
 
 
-def draw(args, _, rank, world):
+def draw(args, rank):
     jobs = geneval(args.geneval) if args.geneval else dpg(args.dpg)
     out = Path(args.out or ("out/geneval" if args.geneval else "out/dpg"))
     out.mkdir(parents=True, exist_ok=True)
@@ -554,7 +560,7 @@ def numbers(args, what, rank, world):
     path, model, c, tokenize, encode, vae = open_checkpoint(args)
     c = configs.override(c, "data.source", args.data) if args.data else c
     device = next(model.parameters()).device
-    what = what or ["loss", *["retrieval"][:c.data.source == "emoji"]]
+    what = what or (["loss", "retrieval"] if c.data.source == "emoji" else ["loss"])
     if "retrieval" in what and c.data.source != "emoji":
         configs.fail("retrieval needs the built-in emoji set; --what=loss works on any")
     names = {NEEDS[key]: getattr(args, NEEDS[key]) for key in what if key in NEEDS}
@@ -577,7 +583,7 @@ def numbers(args, what, rank, world):
     if networks:
         source = Path(c.data.source).expanduser().resolve()
         home = source.with_name(source.name + ".features") if source.exists() else out.parent / "features"
-        dataset = {"seen": train, "both": data.Mixture([train, val], [1, 1], None)}.get(args.set, val)
+        dataset = {"seen": train, "both": data.Mixture([train, val], [1, 1], getattr(train, "bad", None))}.get(args.set, val)
         found |= against_real(model, c, tokenize, encode, dataset, networks, what, args.n or 10_000, args.seed, home, vae)
         found["networks"] = names
         if rank == 0:

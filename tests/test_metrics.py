@@ -434,6 +434,10 @@ def test_command_on_a_folder_of_pictures(run, networks, monkeypatch, capsys):
     assert json.loads(Path("out/evaluation.json").read_text()) == found
     command(monkeypatch, "--data=mine", "--steps=2")        # no retrieval of a folder, and no word about it
     assert "validation loss" in capsys.readouterr().out
+    whole = (folder / "7.png").read_bytes()
+    (folder / "7.png").write_bytes(whole[:len(whole) // 2])                             # its header is still good
+    with pytest.raises(SystemExit, match="1 of 30 images in mine cannot be used"):
+        command(monkeypatch, "--what=fd", *argv[1:])
 
 
 def test_features_of_the_built_in_set_lie_in_out(run, networks, monkeypatch):
@@ -451,7 +455,7 @@ def test_features_of_the_built_in_set_lie_in_out(run, networks, monkeypatch):
     (["--what=fd,fid"], "fid"),
     (["--geneval=nowhere.jsonl"], "nowhere.jsonl"),
     (["--geneval=bad.jsonl"], "line 2"),
-    (["--geneval=empty.jsonl"], "empty"),
+    (["--geneval=empty.jsonl"], "line 1"),
     (["--dpg=nowhere"], "nowhere"),
     (["--geneval=a", "--dpg=b"], "one of"),
     (["--geneval=a", "--what=loss"], "one of"),
