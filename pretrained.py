@@ -163,9 +163,9 @@ def configuration(name, flag, weights=True):
     return from_hub(transformers.AutoConfig, name, flag)
 
 
-def frozen(kind, name, flag, config, device, weights=True):
+def frozen(kind, name, flag, config, device, weights=True, dtype=None):
     """The model with the weights of `name`, every one of them found, in bf16 on GPU and fp32 on CPU. weights=False: random ones."""
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if not weights:
         with torch.device(device):
             return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -228,10 +228,10 @@ def pixel_statistics(name, model_type):
         return getattr(image_utils, kind + "_MEAN"), getattr(image_utils, kind + "_STD")
 
 
-def looker(name, flag, config, device, weights):
+def looker(name, flag, config, device, weights=True, dtype=None):
     """-> a frozen vision model, what to call it with at a size other than its own, and the mean and deviation of its pixels."""
     from transformers import AutoModel
-    model, option = frozen(AutoModel, name, flag, config, device, weights), "interpolate_pos_encoding"    # the DINOs do it unasked
+    model, option = frozen(AutoModel, name, flag, config, device, weights, dtype), "interpolate_pos_encoding"    # the DINOs do it unasked
     options = {option: True} if option in inspect.signature(model.forward).parameters else {}
     return model, options, *(torch.tensor(s, device=device).view(3, 1, 1) for s in pixel_statistics(name if weights else ".", config.model_type))
 

@@ -114,7 +114,7 @@ def save_png(image, path, prompt, seed, settings):
     info = PngImagePlugin.PngInfo()
     for key, text in (("prompt", prompt), ("seed", str(seed)), ("settings", json.dumps(settings))):
         info.add_text(key, text)
-    picture(image).save(path, pnginfo=info)
+    picture(image).save(path, "PNG", pnginfo=info)
 
 
 # ------------------------------------------------------------------------------------------------------------------

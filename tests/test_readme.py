@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import configs
+from test_metrics import tiny_clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,6 +42,11 @@ def place(tmp_path_factory):
     BertTokenizerFast(vocab=str(place / "vocab.txt")).save_pretrained(place / "path/to/encoder")
     dino = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
     Dinov2Model(dino).save_pretrained(place / "path/to/dinov2")
+    tiny_clip(place / "path/to/clip")
+    (place / "path/to/dpg/prompts").mkdir(parents=True)
+    (place / "path/to/dpg/prompts/1.txt").write_text("a red apple beside a green pear")
+    (place / "path/to/geneval/prompts").mkdir(parents=True)
+    (place / "path/to/geneval/prompts/evaluation_metadata.jsonl").write_text('{"tag": "single_object", "prompt": "a photo of a bench"}\n')
     return place
 
 
