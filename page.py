@@ -16,7 +16,7 @@ import evaluate
 from sample import picture
 
 MOST = 500                                                  # points of a curve; of more log lines, each is the mean of several
-SEARCH = 2 ** 26                                            # colour values among which nearest pictures are looked for: four times those of `emoji`
+SEARCH = 2 ** 27                                            # colour values among which nearest pictures are looked for: eight times those of `emoji`
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d9d9d6; --ground: #fdfdfb; --lift: #f2f2ee; --mark: #fff0b8; --link: #0b57d0;
