@@ -41,7 +41,7 @@ STEPS, TIMES = 1000, 4                                      # a slip of the fing
 OWN_STYLE = STYLE + """
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem 3rem; margin-top: 1.5rem }
 form, #numbers, #buttons, #status { display: grid; gap: .75rem } form { align-content: start }
-#numbers { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+#numbers { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
 #buttons { grid-template-columns: repeat(3, auto); justify-content: start }
 label { font-size: .875rem; color: var(--soft) }
 input, textarea, button { width: 100%; padding: .5rem .6rem; font: inherit; color: inherit; background: var(--lift); border: 1px solid var(--line) }
@@ -124,9 +124,9 @@ form.addEventListener("submit", async event => {
   at("go").disabled = at("next").disabled = true;
   try {
     const body = new URLSearchParams(new FormData(form));
-    const reader = (await fetch("generate", {method: "POST", body, signal: abort.signal})).body.pipeThrough(new TextDecoderStream()).getReader();
+    const reader = (await fetch("generate", {method: "POST", body, signal: abort.signal})).body.getReader(), decoder = new TextDecoder();
     for (let text = "", part; !(part = await reader.read()).done;) {
-      const lines = (text + part.value).split("\\n");
+      const lines = (text + decoder.decode(part.value, {stream: true})).split("\\n");
       text = lines.pop();
       lines.forEach(line => hear(JSON.parse(line)));
     }
