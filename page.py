@@ -4,7 +4,7 @@ Opens from disk: one file of plain HTML beside the pictures that it shows. No se
 """
 import math
 import time
-from dataclasses import asdict
+from dataclasses import astuple, fields, is_dataclass
 from html import escape
 
 import torch
@@ -82,7 +82,7 @@ def ticks(low, high, most=5):
     """Multiples of 1, 2 or 5 times a power of ten that lie within."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * m for m in (1, 2, 5, 10, 20) if span / (power * m) <= most - 1)
+    step = next(power * m for m in (1, 2, 5, 10, 20) if span / (power * m) <= most)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -161,30 +161,26 @@ def nearest(images, prompts, dataset, folder):
 # ------------------------------------------------------------------------------------------------------------------
 # The page
 
-def flat(values, prefix=""):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def leaves(c):
+    """-> (section, name, value), the value as the command line would take it."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        for name, leaf in ((g.name, getattr(value, g.name)) for g in fields(value)) if is_dataclass(value) else ((f.name, value),):
+            yield f.name if is_dataclass(value) else "run", name, ",".join(map(str, astuple(leaf))) if is_dataclass(leaf) else str(leaf)
 
 
 def config_tables(c):
     """A table for each section of the config; what differs from the recipe of this name is marked."""
-    recipe = configs.recipes.get(c.name)
-    usual, sections, differ = dict(flat(asdict(recipe))) if recipe else {}, {}, 0
-    for key, value in flat(asdict(c)):
-        other = usual.get(key, None if recipe else value)
-        section, _, name = key.rpartition(".")
-        text = lambda v: escape(str(v)) if str(v) else "—"
-        cell, mark = text(value), ""
-        if recipe and value != other:
+    recipe, sections, differ = configs.recipes.get(c.name), {}, 0
+    for (section, name, value), (*_, usual) in zip(leaves(c), leaves(recipe or c)):
+        cell, mark = escape(value) or "—", ""
+        if value != usual:
             differ += 1
-            cell, mark = f"<b>{cell}</b> <span>(recipe: {text(other)})</span>", ' class="differs"'
-        sections.setdefault(section or "run", []).append(f'<tr{mark}><th scope="row">{name}</th><td>{cell}</td></tr>')
+            cell, mark = f"<b>{cell}</b> (recipe: {escape(usual) or '—'})", ' class="differs"'
+        sections.setdefault(section, []).append(f'<tr{mark}><th scope="row">{name}</th><td>{cell}</td></tr>')
     tables = "".join(f"<table><caption>{section}</caption>{''.join(lines)}</table>" for section, lines in sections.items())
-    says = f"{differ or 'None'} of {sum(map(len, sections.values()))} settings differ{'s' * (differ == 1)} from the recipe <code>{escape(c.name)}</code>" \
-        f"{': marked' * bool(differ)}." if recipe else f"There is no recipe <code>{escape(c.name)}</code> to compare with."
+    name, total = f"<code>{escape(c.name)}</code>", sum(map(len, sections.values()))
+    says = f"{differ} of {total} settings are not those of the recipe {name}; they are marked." if recipe else f"There is no recipe {name} to compare with."
     return f'<p class="soft">{says}</p><div class="config">{tables}</div>'
 
 
