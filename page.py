@@ -82,7 +82,7 @@ def ticks(low, high, most=5):
     """Multiples of 1, 2 or 5 times a power of ten that lie within."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * m for m in (1, 2, 5, 10, 20) if span / (power * m) <= most)
+    step = next(power * m for m in (1, 2, 5, 10, 20) if span // (power * m) <= most)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

@@ -216,7 +216,8 @@ class Studio:
         s = c.sample
         also = {name: getattr(self.args, name) for name in ("text", "vae", "weights", "guide", "sampler", "lo", "hi")}
         flags = {"checkpoint": self.path, "seed": seed, "n": 1, "steps": s.steps, "guidance": s.guidance, "size": c.model.size, **also}
-        command = shlex.join(["python", "sample.py", *(f"--{name}={value}" for name, value in flags.items() if value is not None), "--", prompt])
+        flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        command = shlex.join(["python", "sample.py", *([*flags, "--", prompt] if prompt.startswith("-") else [prompt, *flags])])
         print(f"{self.out / file}: {prompt!r}, {seconds:.3g} s", flush=True)
         made = {"file": file, "prompt": prompt, "seed": str(seed), "steps": s.steps, "guidance": s.guidance, "size": c.model.size,
                 "seconds": round(seconds, 2), "command": command}
@@ -353,8 +354,9 @@ def main():
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print()
             Handler.studio.close()
+            print("ended", flush=True)
+            os._exit(0)                                     # a thread that is still letting go of its tensors would abort an orderly exit
 
 
 if __name__ == "__main__":
