@@ -200,11 +200,11 @@ def warnings(rows, most=50):
     return f"{more}<ul>{''.join(f'<li>{escape(text)}</li>' for text in said[:-most - 1:-1])}</ul>"
 
 
-def facts(c, rows):
+def facts(c, rows, seen):
     """The numbers of now."""
     train, val = ([r for r in rows if key in r] for key in ("loss", "val_loss"))
     here = next((r for r in reversed(rows) if "device" in r), {})
-    found = [("images seen", f"{rows[-1].get('images', 0):,}", f"of {c.train.images // c.train.batch * c.train.batch:,}")]
+    found = [("images seen", f"{seen:,}", f"of {c.train.images // c.train.batch * c.train.batch:,}")]
     if val:
         found.append(("validation loss", f"{val[-1]['val_loss']:.4g}", f"{c.train.val_images:,} images"))
     if train:
@@ -224,7 +224,7 @@ def slider(folder, c, seen, prompts):
     alt = escape(f"Samples for: {'; '.join(prompts)}")
     return f"""<figure class="time"><img id="grid" width="{width}" height="{height}" src="samples/{names[-1]}.png" alt="{alt}">
 <input id="when" type="range" min="0" aria-label="Images seen" data-names="{' '.join(names)}" data-total="{c.train.images}">
-<figcaption><output id="which" for="when">after {int(names[-1]):,} images</output></figcaption></figure><script>{SCRIPT}</script>"""
+<figcaption id="which">after {int(names[-1]):,} images</figcaption></figure><script>{SCRIPT}</script>"""
 
 
 def pairs(found, seen):
@@ -238,7 +238,7 @@ as a share of the range of colours. A caption that is never trained has no pictu
 
 
 def html(folder, c, rows, prompts, near):
-    name, seen = escape(folder.resolve().name), rows[-1].get("images", 0)
+    name, seen = escape(folder.resolve().name), max(r.get("images", 0) for r in rows)
     curve = lambda key: [(r["images"], r[key]) for r in rows if key in r]
     loss = chart("Loss (logarithmic)", [("training", curve("loss")), ("validation", curve("val_loss"))], c.train.images, log=True)
     speed = chart("Images per second", [("images/s", curve("img_s"))], c.train.images)
@@ -246,7 +246,7 @@ def html(folder, c, rows, prompts, near):
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name} · nanoT2I run</title><link rel="icon" href="data:,"><style>{STYLE}{OWN_STYLE}</style></head>
 <body><header><h1>{name}</h1><p class="soft">recipe <code>{escape(c.name)}</code>, written {time.strftime('%Y-%m-%d %H:%M %Z')}</p></header>
-<main>{facts(c, rows)}
+<main>{facts(c, rows, seen)}
 <div class="both"><section><h2>Samples through training</h2>{slider(folder, c, seen, prompts)}</section>
 <section><h2>Curves</h2>{loss}{speed}</section></div>
 <h2>Samples beside the nearest training pictures</h2>{pairs(near, seen)}

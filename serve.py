@@ -50,7 +50,7 @@ textarea { min-height: 4.5rem; resize: vertical }
 button { width: auto; cursor: pointer } button:disabled { opacity: .5; cursor: default }
 button[type=submit] { background: var(--link); border-color: var(--link); color: var(--ground) }
 progress { width: 100%; height: .75rem; accent-color: var(--link) } progress[hidden] { display: block; visibility: hidden }
-#error:not(:empty) { padding: .6rem .75rem; background: var(--mark) } #error, #status { margin: 0 }
+#error:not(:empty) { padding: .6rem .75rem; background: var(--mark) } #error, #words { margin: 0 }
 img { background: var(--lift); border-radius: 4px } img.small { image-rendering: pixelated }
 #now img { width: 100%; max-width: 32rem; height: auto } #now figcaption { margin-top: .5rem }
 #history { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); gap: 1.25rem; padding: 0; list-style: none }
@@ -243,9 +243,9 @@ class Studio:
 <div id="numbers">{numbers}</div>
 <div id="buttons"><button id="go" type="submit">Draw</button><button id="next" type="button">Next seed</button>
 <button id="stop" type="button" disabled>Stop</button></div>
-<div id="status"><progress id="progress" value="0" max="1" aria-label="sampling steps" hidden></progress><output id="words" class="soft"></output>
+<div id="status"><progress id="progress" value="0" max="1" aria-label="sampling steps" hidden></progress><p id="words" class="soft"></p>
 <p id="error" role="alert"></p></div></form>
-<figure id="now" aria-label="the picture"></figure></main>
+<figure id="now" aria-label="the picture" aria-live="polite"></figure></main>
 <h2>The last {HISTORY}</h2><ol id="history" data-most="{HISTORY}" data-made="{escape(json.dumps(list(self.history)))}"></ol>
 <script>{SCRIPT}</script></body></html>
 """

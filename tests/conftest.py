@@ -19,7 +19,8 @@ CONSOLE = []                                                # what the pages of 
 def browser():
     """Headless Chromium: browser(width, scheme) -> a new page, whose complaints go to CONSOLE."""
     why = "no browser to be had here" if os.environ.get("NANOT2I_NO_BROWSER") else "not installed"         # the first: .ci/run tried
-    chromium = shutil.which("chromium") or pytest.skip(f"chromium: {why}")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None) or pytest.skip(f"chromium: {why}")
     playwright = pytest.importorskip("playwright.sync_api", reason=f"playwright: {why}")
     with playwright.sync_playwright() as driver:
         program = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
