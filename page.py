@@ -104,7 +104,7 @@ def short(n):
 
 
 def chart(title, curves, total, log=False):
-    """An SVG of curves [(name, points)] over images seen. Of a logged quantity that is never a number there is no curve."""
+    """An SVG of at most two curves [(name, points)] over images seen, without what is not finite."""
     curves = [(name, [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]) for name, points in curves]
     curves = [(name, kind, len(points), thin(points)) for (name, points), kind in zip(curves, ("first", "second")) if points]
     if not curves:
@@ -191,7 +191,7 @@ def warnings(rows, most=50):
         at = f"image {r['images']:,}: " if "images" in r else ""
         said += [f"{at}slow: {r['slow']}"] if "slow" in r else []
         said += [f"{at}{r['failed']}"] if "failed" in r else []
-        said += [f"{at}the gradient was not finite, {r['bad']} steps in a row; skipped"] if r.get("bad") else []
+        said += [f"{at}skipped, the gradient was not finite ({r['bad']} in a row)"] if r.get("bad") else []
         said += [f"{at}the loss is {r['loss']}"] if not math.isfinite(r.get("loss", 0.0)) else []
         said += [f"resumed at step {r['resumed']:,}, on {r.get('device', 'an unknown device')}"] if "resumed" in r else []
     if not said:

@@ -233,7 +233,7 @@ class Studio:
     def html(self):
         s, name = self.c.sample, escape(str(self.path))
         number = lambda key, value, note: f'<div><label for="{key}">{note}</label><input id="{key}" name="{key}" value="{value}" inputmode="decimal"></div>'
-        numbers = "".join((number("seed", 0, "seed"), number("steps", s.steps, "steps"), number("guidance", s.guidance, "guidance (1: none)"),
+        numbers = "".join((number("seed", 0, "seed"), number("steps", s.steps, "steps"), number("guidance", s.guidance, "guidance"),
                            number("size", self.c.model.size, "size, pixels")))
         return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -270,9 +270,9 @@ class Handler(BaseHTTPRequestHandler):
             known = name in ("localhost", self.host.lower(), socket.gethostname().lower())
         return not known or self.headers.get("Origin", f"http://{host}") != f"http://{host}"
 
-    def begin(self, status, kind, **more):
+    def begin(self, status, kind):
         self.send_response(status)
-        for name, value in {"Content-Type": kind, **HEADERS, **more}.items():
+        for name, value in {"Content-Type": kind, **HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -284,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.foreign():
             return self.refuse(HTTPStatus.FORBIDDEN)
         path = unquote(self.path)
-        files = {f"/pictures/{made['file']}": made["file"] for made in list(self.studio.history)}                     # these, and nothing else on the disk
+        files = {f"/pictures/{made['file']}": made["file"] for made in list(self.studio.history)}      # these, and nothing else on the disk
         if self.path == "/":
             self.begin(HTTPStatus.OK, "text/html; charset=utf-8")
             self.wfile.write(self.studio.html().encode())

@@ -95,12 +95,15 @@ def test_a_curve_lies_where_its_axes_say(log):
         assert np.polyval(y_of, y) == pytest.approx(kind(loss), abs=0.02 if log else 0.03)
 
 
-def test_what_cannot_be_drawn_is_left_out():
+def test_what_cannot_be_drawn_is_left_out(tmp_path):
     rows = [(1, math.nan), (2, math.inf), (3, 0.0), (4, 0.5)]
     assert "0.5 at first, 0.5 at last" in page.chart("Loss", [("training", rows)], 10, log=True)
     assert "nothing logged yet" in page.chart("Loss", [("training", rows[:3])], 10, log=True)
     assert "0 at first" in page.chart("Speed", [("img", [(1, 0.0)])], 10)
     assert not re.search("nan|inf", page.chart("Loss", [("training", rows), ("validation", rows)], 10, log=True))
+    lost = [ROWS[0], {**ROWS[1], **dict.fromkeys(("loss", "img_s", "mfu", "minutes", "gib"), math.nan)}, {"images": 16, "val_loss": math.inf}]
+    assert "the loss is nan" in page.html(tmp_path, configs.debug, lost, PROMPTS, "none")
+    assert "None yet." in page.html(tmp_path, configs.debug, ROWS[:1], [], "")
 
 
 def test_the_nearest_training_picture_is_found_and_drawn(emoji, tmp_path):
@@ -149,7 +152,7 @@ def test_warnings_of_the_log():
             {"step": 4, "images": 64, "loss": math.nan, "bad": 2}]
     said = re.findall("<li>(.*?)</li>", page.warnings(rows))
     assert len(said) == 5 and "rank 1 &lt;slept&gt;" in said[-1] and "image 32" in said[-1]
-    assert "loss is nan" in said[0] and "2 steps in a row" in said[1] and "resumed at step 3" in said[2] and "no checkpoint" in said[3]
+    assert "loss is nan" in said[0] and "not finite (2 in a row)" in said[1] and "resumed at step 3" in said[2] and "no checkpoint" in said[3]
     many = page.warnings([{"images": i, "slow": f"number {i}."} for i in range(1000)])
     assert many.count("<li>") == 50 and "The last 50 of 1,000" in many and "number 999." in many and "number 949." not in many
 

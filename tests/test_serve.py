@@ -23,6 +23,7 @@ from model import Denoiser
 
 ROOT = Path(__file__).parent.parent
 ASK = {"prompt": "owl", "seed": "3", "steps": "2", "guidance": "2", "size": "32"}
+LONG = {"steps": "1000", "size": "128"}                     # seconds
 
 
 class Server:
@@ -158,7 +159,7 @@ def test_whoever_has_no_business_here_is_refused(server, folder, method, path, h
 
 
 def test_two_at_once_queue_and_draw_what_they_would_alone(server):
-    first = server.ask(prompt="tiger face", steps=200)
+    first = server.ask(prompt="tiger face", steps=200, size=64)
     assert json.loads(first.readline())["step"] == 0
     second = server.ask()
     assert json.loads(second.readline()) == {"waiting": 1}
@@ -173,14 +174,15 @@ def test_two_at_once_queue_and_draw_what_they_would_alone(server):
 
 
 def test_whoever_leaves_frees_the_sampler(server):
-    drawing, one = server.ask(prompt="left while drawn", steps=1000), server.connection
+    drawing, one = server.ask(prompt="left while drawn", **LONG), server.connection
     assert [json.loads(drawing.readline())["step"] for _ in range(3)] == [0, 1, 2]
     waiting, two = server.ask(prompt="left while waiting"), server.connection
     assert json.loads(waiting.readline()) == {"waiting": 1}
     third = server.ask(prompt="patient")
     assert json.loads(third.readline()) == {"waiting": 2}
-    for answer, connection in ((waiting, two), (drawing, one)):
-        answer.close(), connection.close()
+    waiting.close(), two.close()
+    assert json.loads(third.readline()) == {"waiting": 1} and not list(server.out.glob("left-*"))          # its place is free while the first is drawn
+    drawing.close(), one.close()
     said = [json.loads(line) for line in third]
     assert said[-1]["prompt"] == "patient" and server.history()[-1]["prompt"] == "patient"
     assert not list(server.out.glob("left-*"))
@@ -212,7 +214,7 @@ def test_mistakes_on_the_command_line_end_in_one_line(folder, monkeypatch):
 def test_ctrl_c_ends_a_server_that_draws(folder):
     server = Server(folder, "--guidance=1.25")
     assert 'value="1.25"' in server.request().read().decode()
-    answer, idle = server.ask(prompt="never", steps=1000), socket.create_connection(("127.0.0.1", server.port))       # as browsers open ahead
+    answer, idle = server.ask(prompt="never", **LONG), socket.create_connection(("127.0.0.1", server.port))       # as browsers open ahead
     assert json.loads(answer.readline())["step"] == 0
     assert server.end() == (0, "ended\n", "") and b"file" not in answer.read()
     idle.close()
@@ -270,7 +272,8 @@ def test_in_a_browser_steps_are_counted_and_leaving_frees_the_sampler(server, br
     for page in (tab, other):
         page.goto(server.url)
         page.get_by_label("prompt").fill("left in the browser")
-        page.locator("#steps").fill("1000")
+        for name, value in LONG.items():
+            page.locator(f"#{name}").fill(value)
     tab.get_by_role("button", name="Draw").click()
     tab.locator("#words", has_text=re.compile(r"step [1-9]\d* of 1000")).wait_for()
     assert 0 < float(tab.locator("#progress").evaluate("p => p.value")) <= 1000 == tab.locator("#progress").evaluate("p => p.max")
