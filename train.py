@@ -44,6 +44,7 @@ import evaluate
 import flow
 import kernels
 import muon
+import page
 import pretrained
 from cluster import (Saver, Watch, agree, bf16_reduce, blocks_of, clip, digest_of, hold, leave, load_weights, mesh_of, resume, shard, slow, start,
                      together, whole)
@@ -259,7 +260,7 @@ def plot(rows, path):
     page.save(path)
 
 
-def look(c, model, ema, tokenize, encode, vae, held_out, folder, step, log, rank, world, device):
+def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
     prompts = c.sample.prompts.split("|") if c.sample.prompts else [held_out.captions[i][0] for i in range(min(8, len(held_out)))]
     mine = range(rank, len(prompts), world)                                                               # every rank paints some
@@ -274,8 +275,10 @@ def look(c, model, ema, tokenize, encode, vae, held_out, folder, step, log, rank
         try:
             (folder / "samples").mkdir(exist_ok=True)
             grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
-            plot(log.rows(), folder / "loss.png")
-        except OSError as error:
+            rows = log.rows()
+            plot(rows, folder / "loss.png")
+            page.write(folder, c, rows, prompts, page.nearest(images, prompts, dataset, folder))
+        except (OSError, ValueError) as error:                                                            # ValueError: a full disk cut a line of the log
             tqdm.write(f"WARNING: no pictures of step {step}: {error}", file=sys.stderr)
     model.train()
     return result["loss"]
@@ -490,7 +493,7 @@ def train(c):
         if crossed(c.train.eval_every) or step == steps:
             watch.at(step, "validation and samples")
             with clock.stopped():
-                loss = look(c, model, ema, tokenize, encode_prompts, vae, held_out, folder, step, log, rank, world, device)
+                loss = look(c, model, ema, tokenize, encode_prompts, vae, dataset, held_out, folder, step, log, rank, world, device)
                 say(f"image {step * c.train.batch:,}: validation loss {loss:.4f}")
         if crossed(c.train.save_every) or step == steps or stopping:
             watch.at(step, "the checkpoint")
