@@ -66,7 +66,7 @@ def blocks_of(model):
 
 def shard(c, model, mesh):
     """FSDP2: every rank keeps some rows of each weight, as fp32; a block's are gathered, as its products want them, while it runs."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard                                  # half a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method    # half a second
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")                                     # we change no output in place
     pieces = {name: p.pieces for name, p in model.named_parameters() if hasattr(p, "pieces")}
     policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.bfloat16 if c.train.reduce == "bf16" else torch.float32, cast_forward_inputs=False)
@@ -75,6 +75,7 @@ def shard(c, model, mesh):
         fully_shard(model.align, mp_policy=policy(None), **options)
     for part in (*blocks_of(model), model):
         fully_shard(part, mp_policy=policy(None if model.dtype == torch.float32 else model.dtype), **options)
+    register_fsdp_forward_method(model, "text_kv")          # a sampler calls it first: else the text's blocks would become roots of their own
     for name, p in model.named_parameters():
         if name in pieces:
             p.pieces = pieces[name]
@@ -84,8 +85,6 @@ def shard(c, model, mesh):
 def whole(net):
     """All weights gathered for a while: then each rank may call the network as often as it likes, in whatever order."""
     parts = [m for m in net.modules() if hasattr(m, "unshard")]
-    if parts:
-        net._get_fsdp_state()._lazy_init()                  # else a block that is called before the whole, to sample, becomes a root of its own
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

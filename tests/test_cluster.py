@@ -402,7 +402,8 @@ def test_the_slurm_script_saves_ends_with_0_and_queues_again_when_told_to_stop(t
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     script = (ROOT / "launch.sbatch").read_text().replace(":29500", f":{port}")
-    env = {**ENV, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "localhost"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "localhost"}
+    env = {**ENV, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
     def submit(*args):
         command = ["bash", "-c", script, "launch.sbatch", *TINY, "--parallel=ddp", "--train.images=360", f"--out={tmp_path / 'run'}", *args]
