@@ -189,8 +189,32 @@ def text_dim(c, weights=True):
     return getattr(config, "encoder", config).hidden_size   # T5Gemma: two configurations in one
 
 
+def unread_masks():
+    """transformers asks of each padding mask whether it is all true, for which the host waits for the device. From now on it does not
+    ask: the answer would only spare it a mask."""
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+    for name, make in ("eager", eager_mask), ("sdpa", sdpa_mask):
+        def unread(make=make, **options):
+            given = options.get("attention_mask") is not None
+            return make(**options | (dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False) if given else {}))
+        AttentionMaskInterface.register(name, unread)
+
+
+def buckets(mask, parts=4, multiple=32):
+    """Captions of about one length together: [(their rows, how wide their longest is)], `parts` of them or fewer, for a mask (B, L)
+    on the CPU, padded on the right. Few shapes: rows in whole parts of the batch, widths in steps of `multiple`."""
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    widths = {}                                             # parts of one width go together
+    for rows in order.chunk(parts):
+        widths.setdefault(min(mask.shape[1], -(-int(lengths[rows[0]]) // multiple) * multiple), []).append(rows)
+    return [(torch.cat(rows), width) for width, rows in widths.items()]
+
+
 def text_encoder(c, device, weights=True):
-    """-> callable: ids, mask -> states (B, L, D), the last hidden states. Of T5 and T5Gemma only the encoder is loaded."""
+    """-> callable: ids, mask -> states (B, L, D), the last hidden states. Of T5 and T5Gemma only the encoder is loaded. With
+    `groups`, as `buckets` makes them (the rows on the device), each runs at its own width; states beyond it are zeros."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as encoders
     config, dim = text_config(c, weights), text_dim(replace(c, text=replace(c.text, dim=0)), weights)
@@ -199,10 +223,17 @@ def text_encoder(c, device, weights=True):
     config.is_encoder_decoder = config.use_cache = False
     kind = AutoModelForTextEncoding if config.model_type in encoders else AutoModel
     model = frozen(kind, c.text.encoder, "--text", config, device, weights)
+    unread_masks()
 
     @torch.no_grad()
-    def encode(ids, mask):
-        return model(input_ids=ids.to(device), attention_mask=mask.to(device).long()).last_hidden_state
+    def encode(ids, mask, groups=None):
+        ids, mask = ids.to(device), mask.to(device).long()
+        if groups is None:
+            return model(input_ids=ids, attention_mask=mask).last_hidden_state
+        states = torch.zeros(*ids.shape, dim, dtype=model.dtype, device=device)
+        for rows, width in groups:
+            states[rows, :width] = model(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).last_hidden_state
+        return states
     encode.dim, encode.model = dim, model
     return encode
 

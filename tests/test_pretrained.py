@@ -202,6 +202,26 @@ def test_text_encoders(folder, kind):
     one_line(lambda: pretrained.text_encoder(text(path, dim=7), "cpu"), "text.dim is 7", "16")
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "t5gemma", "clip"])
+def test_captions_in_groups_of_one_length_have_the_states_they_have_together(folder, kind):
+    """Six captions of 1 to 70 tokens, in groups and as one rectangle; a group runs at its own width, each caption in one group."""
+    path = folder(text_models()[kind][0])
+    encode = pretrained.text_encoder(text(path, length=80), "cpu")
+    lengths, widths = torch.tensor([5, 70, 33, 1, 40, 12]), []
+    mask = torch.arange(72) < lengths[:, None]
+    ids = torch.randint(2, 18, (6, 72), generator=torch.Generator().manual_seed(0))
+    plain = encode(ids, mask)
+    encode.model.register_forward_pre_hook(lambda m, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    for parts, multiple, want in ((4, 32, [(2, 72), (2, 64), (2, 32)]), (2, 8, [(3, 72), (3, 16)]), (1, 8, [(6, 72)]),
+                                  (6, 1, [(1, 70), (1, 40), (1, 33), (1, 12), (1, 5), (1, 1)])):
+        widths.clear()
+        groups = pretrained.buckets(mask, parts, multiple)
+        grouped = encode(ids, mask, groups)
+        assert widths == want and sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(6))
+        assert (grouped - plain)[mask].abs().max() < 1e-5 and plain[mask].std() > 0.1 and grouped.dtype == plain.dtype
+        assert all((lengths[rows] <= width).all() and not grouped[rows, width:].any() for rows, width in groups)
+
+
 def test_own_tokenizer_lengths(folder):
     path = folder(text_models()["llama"][0], pad_token="<pad>")
     lengths = lambda length, captions: pretrained.tokenizer(text(path, length=length))(captions)[0].shape[1]
