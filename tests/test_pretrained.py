@@ -448,19 +448,25 @@ def test_prx_names_round_trip(bottleneck):
     one_line(lambda: to({**ours, "text.embed.weight": gate}), "text.embed.weight")
 
 
-def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tmp_path, monkeypatch):
+@pytest.fixture
+def t5(folder):
+    """A tiny T5 encoder whose tokenizer ends each text with </s>: "", too, has a token."""
+    from tokenizers import Tokenizer, processors
+    path = folder(text_models()["t5_encoder"][0], pad_token="<pad>")
+    inner = Tokenizer.from_file(str(path / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    inner.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(t5, tmp_path, monkeypatch):
     """pretrained.py export, then diffusers' own PRXPixelPipeline from what it wrote, against sample.generate: the same picture, at
     the same noise levels (its scheduler would stop at 1/1000), with guidance."""
     import diffusers
     import transformers
 
     import sample
-    encoder = folder(text_models()["t5_encoder"][0], pad_token="<pad>")
-    from tokenizers import Tokenizer, processors            # T5 ends each text with </s>: "", too, has a token
-    inner = Tokenizer.from_file(str(encoder / "tokenizer.json"))
-    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    inner.save(str(encoder / "tokenizer.json"))
-    c = replace(BASE, text=replace(BASE.text, encoder=str(encoder), dim=16, length=12), flow=configs.Flow(noise=2.0),
+    c = replace(BASE, text=replace(BASE.text, encoder=str(t5), dim=16, length=12), flow=configs.Flow(noise=2.0),
                 sample=configs.Sample(steps=6, guidance=3.0, sampler="euler"), optim=replace(BASE.optim, ema=0.0))
     write(tmp_path / "step_00000001", 0, c)
     torch.manual_seed(1)
@@ -479,7 +485,7 @@ def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tm
     assert diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.shift == c.flow.shift == 3
     pipeline = diffusers.PRXPixelPipeline(                  # shift 1: the noise levels that it is given are shifted already
         theirs, diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler", shift=1.0),
-        transformers.T5EncoderModel.from_pretrained(encoder), transformers.AutoTokenizer.from_pretrained(encoder), default_sample_size=32, prompt_max_tokens=12)
+        transformers.T5EncoderModel.from_pretrained(t5), transformers.AutoTokenizer.from_pretrained(t5), default_sample_size=32, prompt_max_tokens=12)
     pipeline.set_progress_bar_config(disable=True)
     monkeypatch.setattr("diffusers.pipelines.prx.pipeline_prx_pixel._basic_clean", lambda text: text)    # wants ftfy, mends mojibake
     import flow
@@ -495,6 +501,72 @@ def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tm
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     one_line(lambda: pretrained.released("no-one/nothing"), "no-one/nothing", "hub")
     one_line(lambda: pretrained.released(tmp_path / "nothing"), "no checkpoint in")
+
+
+def flux_like(diffusers, **changes):
+    """A tiny KL autoencoder of the Flux kind: 16 channels, factor 8, shifted and scaled, no quant_conv."""
+    torch.manual_seed(3)
+    return diffusers.AutoencoderKL(**dict(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
+        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False) | changes).eval()
+
+
+def test_a_released_latent_prx_draws_the_same_picture_as_diffusers_pipeline(t5, tmp_path, monkeypatch):
+    """A folder as PRX's latent models are released (Flux's autoencoder, patch 2, velocity), by diffusers' PRXPipeline and by
+    sample.draw from the same noise, with guidance: the same latents, the same picture."""
+    import diffusers
+    import transformers
+
+    import flow
+    import sample
+    torch.manual_seed(1)
+    theirs = diffusers.PRXTransformer2DModel(in_channels=16, patch_size=2, context_in_dim=16, hidden_size=32, num_heads=2, depth=3, axes_dim=[8, 8])
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else 1 / p.shape[-1] ** 0.5))
+    pipeline = diffusers.PRXPipeline(                       # shift 1: the noise levels that it is given are shifted already
+        theirs, diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0), transformers.T5EncoderModel.from_pretrained(t5),
+        transformers.AutoTokenizer.from_pretrained(t5), flux_like(diffusers), default_sample_size=64)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipeline.text_preprocessor, "clean_text", lambda text: text)                # wants ftfy, mends mojibake
+    model, c, tokenize, encode = pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5)})
+    assert c.latent == configs.Latent(str(tmp_path / "vae"), 8) and c.flow.prediction == "v" and c.side == 4 and configs.check(c) is c
+    c = replace(c, sample=configs.Sample(steps=6, guidance=3.0, sampler="euler"))
+    with torch.no_grad():
+        latents, picture = (pipeline("red apple", timesteps=[1000 * t for t in flow.sigmas(6, 3.0)[:-1]], guidance_scale=3.0, tokenizer_max_length=12,
+                                     latents=flow.noise([5], (16, 8, 8)), output_type=kind, use_resolution_binning=False, height=64, width=64).images
+                            for kind in ("latent", "pt"))
+    vae = pretrained.VAE(c, "cpu")
+    ours = sample.draw(model, c, tokenize, encode, ["red apple"], [5], None, 8)
+    assert ours.std() > 0.3 and (ours - latents).abs().max() < 1e-3 * latents.abs().max()
+    image = (vae.decode(ours) / 2 + 0.5).clamp(0, 1)
+    assert image.shape == picture.shape == (1, 3, 64, 64) and picture.std() > 0.01 and (image - picture).abs().max() < 1e-3
+    # without the autoencoder beside it one has to be named
+    (tmp_path / "vae").rename(tmp_path / "elsewhere")
+    one_line(lambda: pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5)}), "16 channels", "--vae=")
+    named = pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5), "latent.vae": str(tmp_path / "elsewhere")})[1]
+    assert torch.equal(pretrained.VAE(named, "cpu").decode(ours), vae.decode(ours))
+
+
+def test_latents_of_a_kl_autoencoder_are_its_modes_shifted_and_scaled(tmp_path):
+    import diffusers
+    for changes, shift in ({}, 0.1159), (dict(shift_factor=None, use_quant_conv=True, use_post_quant_conv=True), 0.0):
+        theirs, x = flux_like(diffusers, **changes), torch.rand(3, 3, 16, 32) * 2 - 1
+        theirs.save_pretrained(tmp_path)
+        c = replace(BASE, model=replace(BASE.model, channels=16), latent=configs.Latent(str(tmp_path), 8))
+        vae = pretrained.VAE(c, "cpu", pixels=2 * 16 * 32)
+        z = vae.encode(x)
+        with torch.no_grad():
+            mode = theirs.encode(x).latent_dist.mean
+            assert z.shape == (3, 16, 2, 4) and mode.std() > 0.01 and (z - (mode - shift) * 0.3611).abs().max() < 1e-5
+            assert (vae.decode(z) - theirs.decode(mode).sample).abs().max() < 1e-5
+        assert not vae.model.training and not any(p.requires_grad for p in vae.model.parameters())
+        assert pretrained.VAE(c, "cpu", weights=False).encode(x).shape == z.shape
+    one_line(lambda: pretrained.VAE(replace(c, latent=configs.Latent(str(tmp_path), 4)), "cpu"), "16 channels, 8 pixels", "--latent.factor=8")
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "_class_name": "AutoencoderTiny"}))
+    one_line(lambda: pretrained.VAE(c, "cpu"), "AutoencoderTiny", "AutoencoderKL")
 
 
 # ------------------------------------------------------------------------------------------------------------------
