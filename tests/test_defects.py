@@ -181,7 +181,7 @@ def unread(*args, **kwargs):
     raise AssertionError("copied to the host")
 
 
-@pytest.mark.parametrize("kind", ["t5gemma", "llama", "qwen3", "bert", "t5", "clip"])
+@pytest.mark.parametrize("kind", ["t5gemma", "qwen3_vl", "llama", "bert", "t5", "clip"])
 def test_10_a_training_loss_reads_nothing_back_from_the_device(kind, folder, vit, monkeypatch):
     """All parts on: a frozen encoder, TREAD, REPA, perceptual losses; forward and backward."""
     path = folder(text_models()[kind][0])

@@ -163,6 +163,11 @@ def text_models():
     small = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     grouped = dict(small, num_key_value_heads=1, head_dim=8)
     t5 = T.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    gemma = dict(encoder=dict(grouped), decoder=dict(grouped, hidden_size=24), vocab_size=32)
+    qwen = T.Qwen3VLConfig(
+        text_config=dict(grouped, rope_scaling=dict(rope_type="default", mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=16, patch_size=4,
+                           deepstack_visual_indexes=[0], num_position_embeddings=16))
     torch.manual_seed(0)
     return {
         "llama": (T.LlamaForCausalLM(T.LlamaConfig(**grouped)), lambda m: m.model),
@@ -170,15 +175,17 @@ def text_models():
         "bert": (T.BertForMaskedLM(T.BertConfig(**small)), lambda m: m.bert),
         "t5": (T.T5ForConditionalGeneration(t5), lambda m: m.encoder),
         "t5_encoder": (T.T5EncoderModel(t5), lambda m: m.encoder),
-        "t5gemma": (T.T5GemmaForConditionalGeneration(T.T5GemmaConfig(
-            encoder=dict(grouped), decoder=dict(grouped, hidden_size=24), vocab_size=32)), lambda m: m.model.encoder),
+        "t5gemma": (T.T5GemmaForConditionalGeneration(T.T5GemmaConfig(**gemma)), lambda m: m.model.encoder),
+        "t5gemma_encoder": (T.T5GemmaEncoderModel(T.T5GemmaConfig(**gemma, is_encoder_decoder=False)), lambda m: m.encoder),
+        "qwen3_vl": (T.Qwen3VLForConditionalGeneration(qwen), lambda m: m.model.language_model),
+        "qwen3_vl_embedding": (T.Qwen3VLModel(qwen), lambda m: m.language_model),
         "clip": (T.CLIPModel(T.CLIPConfig(
             text_config=dict(small, eos_token_id=1, bos_token_id=0, pad_token_id=0),
             vision_config=dict(small, image_size=32, patch_size=8))), lambda m: m.text_model),
     }
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5", "t5_encoder", "t5gemma", "clip"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5", "t5_encoder", "t5gemma", "t5gemma_encoder", "qwen3_vl", "qwen3_vl_embedding", "clip"])
 def test_text_encoders(folder, kind):
     whole, part = text_models()[kind]
     path = folder(whole)
@@ -197,12 +204,12 @@ def test_text_encoders(folder, kind):
     assert states.dtype == torch.float32
     held = inspect.getclosurevars(inspect.unwrap(encode)).nonlocals["model"]
     assert not held.training and not any(p.requires_grad for p in held.parameters())
-    assert not any("decoder" in name or "vision" in name for name, _ in held.named_parameters())
+    assert not any(other in name for name, _ in held.named_parameters() for other in ("decoder", "vis", "lm_head"))
     assert pretrained.text_dim(text(path, dim=7)) == 7      # asks no one
     one_line(lambda: pretrained.text_encoder(text(path, dim=7), "cpu"), "text.dim is 7", "16")
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "t5gemma", "clip"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "t5gemma", "qwen3_vl", "clip"])
 def test_captions_in_groups_of_one_length_have_the_states_they_have_together(folder, kind):
     """Six captions of 1 to 70 tokens, in groups and as one rectangle; a group runs at its own width, each caption in one group."""
     path = folder(text_models()[kind][0])
