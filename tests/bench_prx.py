@@ -47,8 +47,8 @@ def in_turn(calls, rounds, best=1):
     return [{name: min(seconds(call) for _ in range(best)) for name, call in calls.items()} for _ in range(rounds)]
 
 
-def spread(values, unit="ms", factor=1000):
-    return f"{factor * statistics.median(values):8.1f} {unit} ({factor * min(values):.1f} to {factor * max(values):.1f})"
+def spread(values, unit="ms", factor=1000, digits=1):
+    return f"{factor * statistics.median(values):8.{digits}f} {unit} ({factor * min(values):.{digits}f} to {factor * max(values):.{digits}f})"
 
 
 def machine(dtype):
@@ -111,7 +111,7 @@ def parts(a, folder):
     print(f"width {a.width}, depth {a.depth}, {a.tokens} image tokens, batch {a.batch}, {machine(train.compute_dtype(plain, DEVICE))}, "
           f"{a.rounds} rounds, best of 2 in each; EfficientNet's weights are {'real' if real else 'random'}")
     for name in calls:
-        print(f"{name:14} {spread([r[name] for r in rounds])}   {spread([r[name] / r['dense, AdamW'] for r in rounds], 'times the first', 1)}")
+        print(f"{name:14} {spread([r[name] for r in rounds])}   {spread([r[name] / r['dense, AdamW'] for r in rounds], 'times the first', 1, 2)}")
 
 
 def newton_schulz_flops(optimizer):
@@ -155,7 +155,7 @@ def encoders(a):
         # called with what the loops below bind now
         rounds = in_turn({"whole": lambda: encode(ids, mask), "groups": lambda: encode(ids, mask, groups)}, a.rounds)          # noqa: B023
         print(f"{name:8} one rectangle {spread([r['whole'] for r in rounds])}   in groups {spread([r['groups'] for r in rounds])}   "
-              f"{spread([r['whole'] / r['groups'] for r in rounds], 'times as fast', 1)}")
+              f"{spread([r['whole'] / r['groups'] for r in rounds], 'times as fast', 1, 2)}")
 
 
 def main():
