@@ -820,8 +820,9 @@ def released(path):
     patch, latent, prediction = told.get("patch_size", base.model.patch), base.latent, base.flow.prediction
     channels = len(state["final.linear.bias"]) // patch ** 2
     if kind == "prx" and channels != 3:                     # those of latents predict the velocity
-        widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels") or [0] * (6 if channels == 32 else 4)
-        latent, prediction = configs.Latent(str(root / "vae") if vae else "", 2 ** (len(widths) - 1)), "v"
+        widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+        factor = 2 ** (len(widths) - 1) if widths else 32 if channels == 32 else 8                       # DC-AE's, Flux's
+        latent, prediction = configs.Latent(str(root / "vae") if vae else "", factor), "v"
     model = replace(
         base.model, kind=kind, route=None, width=width, patch=patch, channels=channels,
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")), dual=sum(key.endswith(".qkv2.weight") for key in state),
