@@ -133,7 +133,8 @@ def muon_share(a):
     print(f"emoji, batch {batch}, {machine(torch.float32)}, Newton-Schulz in fp32, {a.rounds} rounds")
     print(f"forward and backward                    {spread([g for g, _ in rounds])}")
     print(f"clipping, Muon, AdamW for the rest      {spread([u for _, u in rounds])}   {spread([u / (g + u) for g, u in rounds], '% of a step', 100)}")
-    print(f"by FLOPs: Newton-Schulz {ns / 1e9:.1f} G, forward and backward {network / 1e9:.1f} G: {100 * ns / (ns + network):.1f}% of a step")
+    print(f"by FLOPs: Newton-Schulz {ns / 1e9:.1f} G, forward and backward {network / 1e9:.1f} G: {100 * ns / network:.1f}% of that, "
+          f"{100 * ns / (ns + network):.1f}% of a step")
 
 
 def encoders(a):

@@ -1,4 +1,4 @@
-"""One test for each defect of Photoroom's code that the published runs carry, named by its number in our list of them. Those that
+"""One test for each defect that we found in Photoroom's published code (the numbers are ours), which fails where we have it. Those that
 another file tests already:
 
     [2]  one noise for all samples    test_evaluate.py::test_retrieval_samples_each_caption_once_from_a_seed_of_its_own
