@@ -55,7 +55,7 @@ def shares(pixels):
 def test_1_metrics_see_pictures_as_they_are_not_their_negatives(value, vit, monkeypatch):
     """uint8 pictures read as shares of one and wrapped around gave negatives: 255 came in as 1, 1 as 255."""
     made, frozen = [], pretrained.frozen
-    monkeypatch.setattr(pretrained, "frozen", lambda *args: made.append(frozen(*args)) or made[-1])
+    monkeypatch.setattr(pretrained, "frozen", lambda *args, **options: made.append(frozen(*args, **options)) or made[-1])
     feature = evaluate.vision(str(vit), BASE, torch.device("cpu"))
     seen = seen_by(made[0])
     feature(torch.full((2, 3, 32, 32), value, dtype=torch.uint8))
