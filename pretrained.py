@@ -163,13 +163,14 @@ def configuration(name, flag, weights=True):
     return from_hub(transformers.AutoConfig, name, flag)
 
 
-def frozen(kind, name, flag, config, device, weights=True, **options):
+def frozen(kind, name, flag, config, device, weights=True):
     """The model with the weights of `name`, every one of them found, in bf16 on GPU and fp32 on CPU. weights=False: random ones."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     if not weights:
         with torch.device(device):
             return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    model, info = from_hub(kind, name, flag, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+    part = {r"^(model\.)?language_model\.(model\.)?": ""}   # so the language part of Qwen3-VL and the like is called in the whole
+    model, info = from_hub(kind, name, flag, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, key_mapping=part)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)             # poolers are not used here
     if missing:                                             # transformers would go on with random numbers in their place
         fail(f"{flag}={name} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
@@ -222,8 +223,7 @@ def text_encoder(c, device, weights=True):
         fail(f"text.dim is {c.text.dim}, but the states of --text={c.text.encoder} are {dim} wide: set --text.dim={dim} or 0")
     config.is_encoder_decoder = config.use_cache = False
     kind = AutoModelForTextEncoding if config.model_type in encoders else AutoModel
-    part = {r"^(model\.)?language_model\.(model\.)?": ""}  # so the language part of Qwen3-VL and the like is called in the whole
-    model = frozen(kind, c.text.encoder, "--text", config, device, weights, key_mapping=part)
+    model = frozen(kind, c.text.encoder, "--text", config, device, weights)
     unread_masks()
 
     @torch.no_grad()
