@@ -47,7 +47,7 @@ class Text:
 @dataclass(frozen=True)
 class Latent:
     """The denoiser sees an autoencoder's latents instead of pixels."""
-    vae: str = ""                   # hub id or folder of a diffusers AutoencoderDC, frozen; "" = pixels
+    vae: str = ""                   # hub id or folder of a diffusers AutoencoderDC or AutoencoderKL, frozen; "" = pixels
     factor: int = 1                 # pixels per latent along a side; model.channels is the latents' too
 
 

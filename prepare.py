@@ -150,7 +150,7 @@ def encoder(c, fp8, root, rank):
         """-> states of the tokens that count, one caption after the other, how many of each, and how many are not padding."""
         ids, mask = tokenize(captions)
         kept = torch.ones_like(mask) if c.text.pad else mask                            # a model that attends to padding needs its states too
-        return states(ids, mask)[kept.to(device)].bfloat16(), kept.sum(1), mask.sum(1)
+        return states(ids, mask, None if c.text.pad else pretrained.buckets(mask))[kept.to(device)].bfloat16(), kept.sum(1), mask.sum(1)
 
     def encode(image, captions):
         out, x = {"captions": captions}, image.to(device).float() / 127.5 - 1

@@ -113,7 +113,7 @@ def pad(rows, fill, length):
 # ------------------------------------------------------------------------------------------------------------------
 # Frozen models of others
 
-def from_hub(kind, name, flag, **options):
+def from_hub(kind, name, flag, how="from_pretrained", **options):
     """kind.from_pretrained(name), where whatever goes wrong becomes one line that names the model and the way out."""
     from transformers.utils import logging
     logging.set_verbosity_error()                           # missing weights are an error of ours below, others a wanted cut
@@ -122,7 +122,7 @@ def from_hub(kind, name, flag, **options):
     if not folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):            # cannot be a hub id
         fail(f"{flag}={name}: no such folder")
     try:
-        return kind.from_pretrained(name, trust_remote_code=False, local_files_only=folder, **options)
+        return getattr(kind, how)(name, trust_remote_code=False, local_files_only=folder, **options)
     except Exception as error:                              # OSError, ValueError, KeyError, HTTP errors, safetensors' own, ...
         if gated(error):
             fail(f"{flag}={name} is gated: accept its licence at huggingface.co/{name} and run `hf auth login`, or use another with "
@@ -169,7 +169,8 @@ def frozen(kind, name, flag, config, device, weights=True, dtype=None):
     if not weights:
         with torch.device(device):
             return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    model, info = from_hub(kind, name, flag, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    part = {r"^(model\.)?language_model\.(model\.)?": ""}   # so the language part of Qwen3-VL and the like is called in the whole
+    model, info = from_hub(kind, name, flag, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, key_mapping=part)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)             # poolers are not used here
     if missing:                                             # transformers would go on with random numbers in their place
         fail(f"{flag}={name} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
@@ -189,8 +190,32 @@ def text_dim(c, weights=True):
     return getattr(config, "encoder", config).hidden_size   # T5Gemma: two configurations in one
 
 
+def unread_masks():
+    """transformers asks of each padding mask whether it is all true, for which the host waits for the device. From now on it does not
+    ask: the answer would only spare it a mask."""
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+    for name, make in ("eager", eager_mask), ("sdpa", sdpa_mask):
+        def unread(make=make, **options):
+            given = options.get("attention_mask") is not None
+            return make(**options | (dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False) if given else {}))
+        AttentionMaskInterface.register(name, unread)
+
+
+def buckets(mask, parts=4, multiple=32):
+    """Captions of about one length together: [(their rows, how wide their longest is)], `parts` of them or fewer, for a mask (B, L)
+    on the CPU, padded on the right. Few shapes: rows in whole parts of the batch, widths in steps of `multiple`."""
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    widths = {}                                             # parts of one width go together
+    for rows in order.chunk(parts):
+        widths.setdefault(min(mask.shape[1], -(-int(lengths[rows[0]]) // multiple) * multiple), []).append(rows)
+    return [(torch.cat(rows), width) for width, rows in widths.items()]
+
+
 def text_encoder(c, device, weights=True):
-    """-> callable: ids, mask -> states (B, L, D), the last hidden states. Of T5 and T5Gemma only the encoder is loaded."""
+    """-> callable: ids, mask -> states (B, L, D), the last hidden states. Of T5 and T5Gemma only the encoder is loaded. With
+    `groups`, as `buckets` makes them (the rows on the device), each runs at its own width; states beyond it are zeros."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as encoders
     config, dim = text_config(c, weights), text_dim(replace(c, text=replace(c.text, dim=0)), weights)
@@ -199,10 +224,17 @@ def text_encoder(c, device, weights=True):
     config.is_encoder_decoder = config.use_cache = False
     kind = AutoModelForTextEncoding if config.model_type in encoders else AutoModel
     model = frozen(kind, c.text.encoder, "--text", config, device, weights)
+    unread_masks()
 
     @torch.no_grad()
-    def encode(ids, mask):
-        return model(input_ids=ids.to(device), attention_mask=mask.to(device).long()).last_hidden_state
+    def encode(ids, mask, groups=None):
+        ids, mask = ids.to(device), mask.to(device).long()
+        if groups is None:
+            return model(input_ids=ids, attention_mask=mask).last_hidden_state
+        states = torch.zeros(*ids.shape, dim, dtype=model.dtype, device=device)
+        for rows, width in groups:
+            states[rows, :width] = model(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).last_hidden_state
+        return states
     encode.dim, encode.model = dim, model
     return encode
 
@@ -279,26 +311,31 @@ DC_AE = dict(                                               # mit-han-lab/dc-ae-
 
 
 class VAE:
-    """DC-AE (Chen et al. 2024), frozen, bf16 on GPU and fp32 on CPU: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f)
-    of about unit variance. As many images go through it at a time as have `pixels` in all, which bounds its memory."""
+    """DC-AE (Chen et al. 2024) or a KL autoencoder (of Stable Diffusion, Flux), as its config.json says; frozen, bf16 on GPU and fp32 on
+    CPU: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) of about unit variance; of a KL autoencoder the mode, nothing is
+    drawn. As many images go through it at a time as have `pixels` in all, which bounds its memory."""
 
     def __init__(self, c, device, weights=True, pixels=2 ** 21):
-        from diffusers import AutoencoderDC
+        from diffusers import AutoencoderDC, AutoencoderKL
         from diffusers.utils import logging
         logging.set_verbosity_error()                       # it would recommend packages, and warn of the cast below
         name, flag, self.pixels = c.latent.vae, "--vae", pixels
+        if not weights and not os.path.isdir(name) and name != configs.nitro_512.latent.vae:
+            fail(f"{flag}={name}: no such folder")
+        config = from_hub(AutoencoderKL, name, flag, "load_config") if weights or os.path.isdir(name) else {"_class_name": "AutoencoderDC", **DC_AE}
+        kind = {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}.get(config.get("_class_name"))
+        if kind is None:
+            fail(f"{flag}={name} is a {config.get('_class_name', 'model of no name')}, not diffusers' AutoencoderDC or AutoencoderKL")
         if weights:
-            self.model, info = from_hub(AutoencoderDC, name, flag, use_safetensors=True, output_loading_info=True)
+            self.model, info = from_hub(kind, name, flag, use_safetensors=True, output_loading_info=True)
             if missing := sorted(info["missing_keys"]):     # diffusers would go on with random numbers in their place
-                fail(f"{flag}={name} lacks {len(missing)} weights of AutoencoderDC: {', '.join(missing[:3])}, ...")
+                fail(f"{flag}={name} lacks {len(missing)} weights of {kind.__name__}: {', '.join(missing[:3])}, ...")
         else:
-            if not os.path.isdir(name) and name != configs.nitro_512.latent.vae:
-                fail(f"{flag}={name}: no such folder")
-            config = AutoencoderDC.load_config(name) if os.path.isdir(name) else DC_AE
             with torch.device(device):
-                self.model = AutoencoderDC.from_config(config)
+                self.model = kind.from_config(config)
         config = self.model.config
-        self.scale, self.factor = config.scaling_factor, 2 ** (len(config.encoder_block_out_channels) - 1)
+        widths = config.encoder_block_out_channels if kind is AutoencoderDC else config.block_out_channels
+        self.scale, self.shift, self.factor = config.scaling_factor, config.get("shift_factor") or 0.0, 2 ** (len(widths) - 1)
         if (self.factor, config.latent_channels) != (c.latent.factor, c.model.channels):
             fail(f"{flag}={name} makes {config.latent_channels} channels, {self.factor} pixels apart: "
                  f"set --model.channels={config.latent_channels} --latent.factor={self.factor}")
@@ -307,12 +344,14 @@ class VAE:
     @torch.no_grad()
     def encode(self, image):
         parts = image.to(self.model.device).split(max(1, self.pixels // image[0, 0].numel()))
-        return torch.cat([self.model.encode(x.to(self.model.dtype)).latent.float() for x in parts]) * self.scale
+        made = [self.model.encode(x.to(self.model.dtype)) for x in parts]
+        return (torch.cat([(m.latent if "latent" in m else m.latent_dist.mode()).float() for m in made]) - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latent):
-        parts = latent.to(self.model.device).split(max(1, self.pixels // (latent[0, 0].numel() * self.factor ** 2)))
-        return torch.cat([self.model.decode((z / self.scale).to(self.model.dtype)).sample.float() for z in parts])
+        parts = (latent / self.scale + self.shift).to(self.model.device, self.model.dtype).split(
+            max(1, self.pixels // (latent[0, 0].numel() * self.factor ** 2)))
+        return torch.cat([self.model.decode(z).sample.float() for z in parts])
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -729,6 +768,8 @@ def load(path, which="ema", device="cpu", elsewhere=None):
         file, (c, state) = path, released(path)
     for key, value in (elsewhere or {}).items():
         c = configs.override(c, key, value) if value else c
+    if c.model.channels != 3 and not c.latent.vae:
+        fail(f"{path} makes latents of {c.model.channels} channels and brings no autoencoder: name it with --vae=<id or folder>")
     if not c.text.dim and c.text.encoder != "bpe":
         c = replace(c, text=replace(c.text, dim=text_dim(c)))
     tokenize = tokenizer(c, bpe_load(folder / "bpe.tiktoken") if c.text.encoder == "bpe" else None)
@@ -747,7 +788,8 @@ def load(path, which="ema", device="cpu", elsewhere=None):
 
 def released(path):
     """-> config, our state dict, of somebody's released transformer in diffusers' layout: a hub id, or a folder that holds it or
-    has it in its sub-folder transformer/. Sizes are read off the tensors; what they cannot tell comes from the nearest recipe."""
+    has it in its sub-folder transformer/, an autoencoder in vae/. Sizes are read off the tensors; what they cannot tell comes from
+    the nearest recipe."""
     from safetensors.torch import load_file
     folder, name = Path(path), str(path)
     if not folder.is_dir():
@@ -755,16 +797,18 @@ def released(path):
         if name.count("/") != 1 or folder.parent.is_dir() or name.startswith((".", "/", "~")):           # cannot be a hub id
             fail(f"no checkpoint in {path}: train first with python train.py")
         try:
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[
+                "model_index.json", *(f"{part}/*.{kind}" for part in ("transformer", "vae") for kind in ("json", "safetensors"))]))
         except Exception as error:                          # no network, no such model, gated, ...
             fail(f"{name} is neither a folder nor a model that the hub gives: {' '.join(str(error).split())[:150]}")
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    root, folder = folder, folder / "transformer" if (folder / "transformer").is_dir() else folder
     files = [file for file in sorted(folder.glob("*.safetensors")) if not re.search(r"\.(fp16|bf16)\b", file.name)]
     if not files:
         fail(f"no checkpoint in {path}: train first with python train.py")
     try:
         state = {key: value.float() for file in files for key, value in load_file(file).items() if not key.startswith("projectors.")}
-        told = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        told, whole, vae = (json.loads(path.read_text()) if path.exists() else {} for path in (
+            folder / "config.json", root / "model_index.json", root / "vae" / "config.json"))
     except Exception as error:                              # safetensors' own, JSON's, ...
         fail(f"{folder} cannot be read: {error}")
     marks = {"final_layer.linear.weight": "prx", "adaln_single.linear.weight": "dit", "norm_out.linear.weight": "mmdit"}
@@ -773,16 +817,22 @@ def released(path):
     state = from_released(kind, state, str(folder))
     base = configs.recipes[{"prx": "prx_512", "dit": "nitro_512", "mmdit": "nitro_1024_ft"}[kind]]
     width, first = state["time_in.out_layer.weight"].shape[0], state["img_in.0.weight" if "img_in.0.weight" in state else "img_in.weight"]
-    patch, latent = told.get("patch_size", base.model.patch), base.latent
+    patch, latent, prediction = told.get("patch_size", base.model.patch), base.latent, base.flow.prediction
+    channels = len(state["final.linear.bias"]) // patch ** 2
+    if kind == "prx" and channels != 3:                     # those of latents predict the velocity
+        widths = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+        factor = 2 ** (len(widths) - 1) if widths else 32 if channels == 32 else 8                       # DC-AE's, Flux's
+        latent, prediction = configs.Latent(str(root / "vae") if vae else "", factor), "v"
     model = replace(
-        base.model, kind=kind, route=None, width=width, patch=patch, channels=len(state["final.linear.bias"]) // patch ** 2,
+        base.model, kind=kind, route=None, width=width, patch=patch, channels=channels,
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")), dual=sum(key.endswith(".qkv2.weight") for key in state),
         heads=width // len(state["blocks.0.q_norm"]) if kind != "dit" else told.get("num_attention_heads", base.model.heads),
         mlp_ratio=state["blocks.0.mlp_in.weight"].shape[0] / width / (2 if kind == "prx" else 1),
         bottleneck=len(first) if "img_in.0.weight" in state else 0,
-        size=told["sample_size"] * latent.factor if "sample_size" in told else base.model.size)
+        size=told["sample_size"] * latent.factor if "sample_size" in told else whole.get("default_sample_size") or base.model.size)
     text = replace(base.text, dim=state["txt_in.0.weight" if kind == "dit" else "txt_in.weight"].shape[1], pad=kind == "mmdit")
-    return replace(base, name=f"{kind}_released", init="", model=model, text=text, align=configs.Align()), state
+    return replace(base, name=f"{kind}_released", init="", model=model, text=text, latent=latent, flow=replace(base.flow, prediction=prediction),
+                   align=configs.Align(), perceptual=configs.Perceptual()), state
 
 
 def export(path, out, which="ema"):

@@ -115,7 +115,7 @@ def losses(c, model, batch, null, encode, teacher, generator, vae=None, perceptu
     width = mask.shape[1]
     mask = torch.where(drop, null[1][:, :width], mask)
     text = torch.where(drop if text.ndim == 2 else drop[..., None], null[0][:, :width].to(text.dtype), text)
-    text = encode(text, mask) if encode else text
+    text = encode(text, mask, batch.get("groups")) if encode else text
     keep_ids = None
     if c.model.route:
         keep_ids = kernels.keep_tokens(len(x), (x.shape[2] // c.model.patch) * (x.shape[3] // c.model.patch), c.model.route.keep, generator)
@@ -347,10 +347,14 @@ def recalled(dataset, null, n):
 
 
 def to_device(c, batch, null, device):
-    """A batch on the device; with a frozen text encoder, and where which tokens are real (or could be, by dropping the caption)."""
+    """A batch on the device; with a frozen text encoder, and where which tokens are real (or could be, by dropping the caption), and
+    which captions are of about one length."""
+    made = {}
     if c.text.encoder != "bpe" and not c.text.pad:
-        batch["slots"] = kernels.text_slots(batch["mask"] | null[1][:, :batch["mask"].shape[1]])
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        real = batch["mask"] | null[1][:, :batch["mask"].shape[1]]
+        batch["slots"] = kernels.text_slots(real)
+        made["groups"] = [(rows.to(device, non_blocking=True), width) for rows, width in pretrained.buckets(real)] if "ids" in batch else None
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)} | made
 
 
 def update_ema(c, model, ema, step):

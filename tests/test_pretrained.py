@@ -163,6 +163,11 @@ def text_models():
     small = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     grouped = dict(small, num_key_value_heads=1, head_dim=8)
     t5 = T.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    gemma = dict(encoder=dict(grouped), decoder=dict(grouped, hidden_size=24), vocab_size=32)
+    qwen = T.Qwen3VLConfig(
+        text_config=dict(grouped, rope_scaling=dict(rope_type="default", mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=16, patch_size=4,
+                           deepstack_visual_indexes=[0], num_position_embeddings=16))
     torch.manual_seed(0)
     return {
         "llama": (T.LlamaForCausalLM(T.LlamaConfig(**grouped)), lambda m: m.model),
@@ -170,15 +175,17 @@ def text_models():
         "bert": (T.BertForMaskedLM(T.BertConfig(**small)), lambda m: m.bert),
         "t5": (T.T5ForConditionalGeneration(t5), lambda m: m.encoder),
         "t5_encoder": (T.T5EncoderModel(t5), lambda m: m.encoder),
-        "t5gemma": (T.T5GemmaForConditionalGeneration(T.T5GemmaConfig(
-            encoder=dict(grouped), decoder=dict(grouped, hidden_size=24), vocab_size=32)), lambda m: m.model.encoder),
+        "t5gemma": (T.T5GemmaForConditionalGeneration(T.T5GemmaConfig(**gemma)), lambda m: m.model.encoder),
+        "t5gemma_encoder": (T.T5GemmaEncoderModel(T.T5GemmaConfig(**gemma, is_encoder_decoder=False)), lambda m: m.encoder),
+        "qwen3_vl": (T.Qwen3VLForConditionalGeneration(qwen), lambda m: m.model.language_model),
+        "qwen3_vl_embedding": (T.Qwen3VLModel(qwen), lambda m: m.language_model),
         "clip": (T.CLIPModel(T.CLIPConfig(
             text_config=dict(small, eos_token_id=1, bos_token_id=0, pad_token_id=0),
             vision_config=dict(small, image_size=32, patch_size=8))), lambda m: m.text_model),
     }
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5", "t5_encoder", "t5gemma", "clip"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5", "t5_encoder", "t5gemma", "t5gemma_encoder", "qwen3_vl", "qwen3_vl_embedding", "clip"])
 def test_text_encoders(folder, kind):
     whole, part = text_models()[kind]
     path = folder(whole)
@@ -197,9 +204,29 @@ def test_text_encoders(folder, kind):
     assert states.dtype == torch.float32
     held = inspect.getclosurevars(inspect.unwrap(encode)).nonlocals["model"]
     assert not held.training and not any(p.requires_grad for p in held.parameters())
-    assert not any("decoder" in name or "vision" in name for name, _ in held.named_parameters())
+    assert not any(other in name for name, _ in held.named_parameters() for other in ("decoder", "vis", "lm_head"))
     assert pretrained.text_dim(text(path, dim=7)) == 7      # asks no one
     one_line(lambda: pretrained.text_encoder(text(path, dim=7), "cpu"), "text.dim is 7", "16")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "t5gemma", "qwen3_vl", "clip"])
+def test_captions_in_groups_of_one_length_have_the_states_they_have_together(folder, kind):
+    """Six captions of 1 to 70 tokens, in groups and as one rectangle; a group runs at its own width, each caption in one group."""
+    path = folder(text_models()[kind][0])
+    encode = pretrained.text_encoder(text(path, length=80), "cpu")
+    lengths, widths = torch.tensor([5, 70, 33, 1, 40, 12]), []
+    mask = torch.arange(72) < lengths[:, None]
+    ids = torch.randint(2, 18, (6, 72), generator=torch.Generator().manual_seed(0))
+    plain = encode(ids, mask)
+    encode.model.register_forward_pre_hook(lambda m, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    for parts, multiple, want in ((4, 32, [(2, 72), (2, 64), (2, 32)]), (2, 8, [(3, 72), (3, 16)]), (1, 8, [(6, 72)]),
+                                  (6, 1, [(1, 70), (1, 40), (1, 33), (1, 12), (1, 5), (1, 1)])):
+        widths.clear()
+        groups = pretrained.buckets(mask, parts, multiple)
+        grouped = encode(ids, mask, groups)
+        assert widths == want and sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(6))
+        assert (grouped - plain)[mask].abs().max() < 1e-5 and plain[mask].std() > 0.1 and grouped.dtype == plain.dtype
+        assert all((lengths[rows] <= width).all() and not grouped[rows, width:].any() for rows, width in groups)
 
 
 def test_own_tokenizer_lengths(folder):
@@ -428,19 +455,25 @@ def test_prx_names_round_trip(bottleneck):
     one_line(lambda: to({**ours, "text.embed.weight": gate}), "text.embed.weight")
 
 
-def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tmp_path, monkeypatch):
+@pytest.fixture
+def t5(folder):
+    """A tiny T5 encoder whose tokenizer ends each text with </s>: "", too, has a token."""
+    from tokenizers import Tokenizer, processors
+    path = folder(text_models()["t5_encoder"][0], pad_token="<pad>")
+    inner = Tokenizer.from_file(str(path / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    inner.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(t5, tmp_path, monkeypatch):
     """pretrained.py export, then diffusers' own PRXPixelPipeline from what it wrote, against sample.generate: the same picture, at
     the same noise levels (its scheduler would stop at 1/1000), with guidance."""
     import diffusers
     import transformers
 
     import sample
-    encoder = folder(text_models()["t5_encoder"][0], pad_token="<pad>")
-    from tokenizers import Tokenizer, processors            # T5 ends each text with </s>: "", too, has a token
-    inner = Tokenizer.from_file(str(encoder / "tokenizer.json"))
-    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    inner.save(str(encoder / "tokenizer.json"))
-    c = replace(BASE, text=replace(BASE.text, encoder=str(encoder), dim=16, length=12), flow=configs.Flow(noise=2.0),
+    c = replace(BASE, text=replace(BASE.text, encoder=str(t5), dim=16, length=12), flow=configs.Flow(noise=2.0),
                 sample=configs.Sample(steps=6, guidance=3.0, sampler="euler"), optim=replace(BASE.optim, ema=0.0))
     write(tmp_path / "step_00000001", 0, c)
     torch.manual_seed(1)
@@ -459,7 +492,7 @@ def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tm
     assert diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.shift == c.flow.shift == 3
     pipeline = diffusers.PRXPixelPipeline(                  # shift 1: the noise levels that it is given are shifted already
         theirs, diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler", shift=1.0),
-        transformers.T5EncoderModel.from_pretrained(encoder), transformers.AutoTokenizer.from_pretrained(encoder), default_sample_size=32, prompt_max_tokens=12)
+        transformers.T5EncoderModel.from_pretrained(t5), transformers.AutoTokenizer.from_pretrained(t5), default_sample_size=32, prompt_max_tokens=12)
     pipeline.set_progress_bar_config(disable=True)
     monkeypatch.setattr("diffusers.pipelines.prx.pipeline_prx_pixel._basic_clean", lambda text: text)    # wants ftfy, mends mojibake
     import flow
@@ -475,6 +508,72 @@ def test_an_exported_prx_draws_the_same_picture_in_diffusers_pipeline(folder, tm
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     one_line(lambda: pretrained.released("no-one/nothing"), "no-one/nothing", "hub")
     one_line(lambda: pretrained.released(tmp_path / "nothing"), "no checkpoint in")
+
+
+def flux_like(diffusers, **changes):
+    """A tiny KL autoencoder of the Flux kind: 16 channels, factor 8, shifted and scaled, no quant_conv."""
+    torch.manual_seed(3)
+    return diffusers.AutoencoderKL(**dict(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
+        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False) | changes).eval()
+
+
+def test_a_released_latent_prx_draws_the_same_picture_as_diffusers_pipeline(t5, tmp_path, monkeypatch):
+    """A folder as PRX's latent models are released (Flux's autoencoder, patch 2, velocity), by diffusers' PRXPipeline and by
+    sample.draw from the same noise, with guidance: the same latents, the same picture."""
+    import diffusers
+    import transformers
+
+    import flow
+    import sample
+    torch.manual_seed(1)
+    theirs = diffusers.PRXTransformer2DModel(in_channels=16, patch_size=2, context_in_dim=16, hidden_size=32, num_heads=2, depth=3, axes_dim=[8, 8])
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else 1 / p.shape[-1] ** 0.5))
+    pipeline = diffusers.PRXPipeline(                       # shift 1: the noise levels that it is given are shifted already
+        theirs, diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0), transformers.T5EncoderModel.from_pretrained(t5),
+        transformers.AutoTokenizer.from_pretrained(t5), flux_like(diffusers), default_sample_size=64)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipeline.text_preprocessor, "clean_text", lambda text: text)                # wants ftfy, mends mojibake
+    model, c, tokenize, encode = pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5)})
+    assert c.latent == configs.Latent(str(tmp_path / "vae"), 8) and c.flow.prediction == "v" and c.side == 4 and configs.check(c) is c
+    c = replace(c, sample=configs.Sample(steps=6, guidance=3.0, sampler="euler"))
+    with torch.no_grad():
+        latents, picture = (pipeline("red apple", timesteps=[1000 * t for t in flow.sigmas(6, 3.0)[:-1]], guidance_scale=3.0, tokenizer_max_length=12,
+                                     latents=flow.noise([5], (16, 8, 8)), output_type=kind, use_resolution_binning=False, height=64, width=64).images
+                            for kind in ("latent", "pt"))
+    vae = pretrained.VAE(c, "cpu")
+    ours = sample.draw(model, c, tokenize, encode, ["red apple"], [5], None, 8)
+    assert ours.std() > 0.3 and (ours - latents).abs().max() < 1e-3 * latents.abs().max()
+    image = (vae.decode(ours) / 2 + 0.5).clamp(0, 1)
+    assert image.shape == picture.shape == (1, 3, 64, 64) and picture.std() > 0.01 and (image - picture).abs().max() < 1e-3
+    # without the autoencoder beside it one has to be named
+    (tmp_path / "vae").rename(tmp_path / "elsewhere")
+    one_line(lambda: pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5)}), "16 channels", "--vae=")
+    named = pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5), "latent.vae": str(tmp_path / "elsewhere")})[1]
+    assert torch.equal(pretrained.VAE(named, "cpu").decode(ours), vae.decode(ours))
+
+
+def test_latents_of_a_kl_autoencoder_are_its_modes_shifted_and_scaled(tmp_path):
+    import diffusers
+    for changes, shift in ({}, 0.1159), (dict(shift_factor=None, use_quant_conv=True, use_post_quant_conv=True), 0.0):
+        theirs, x = flux_like(diffusers, **changes), torch.rand(3, 3, 16, 32) * 2 - 1
+        theirs.save_pretrained(tmp_path)
+        c = replace(BASE, model=replace(BASE.model, channels=16), latent=configs.Latent(str(tmp_path), 8))
+        vae = pretrained.VAE(c, "cpu", pixels=2 * 16 * 32)
+        z = vae.encode(x)
+        with torch.no_grad():
+            mode = theirs.encode(x).latent_dist.mean
+            assert z.shape == (3, 16, 2, 4) and mode.std() > 0.01 and (z - (mode - shift) * 0.3611).abs().max() < 1e-5
+            assert (vae.decode(z) - theirs.decode(mode).sample).abs().max() < 1e-5
+        assert not vae.model.training and not any(p.requires_grad for p in vae.model.parameters())
+        assert pretrained.VAE(c, "cpu", weights=False).encode(x).shape == z.shape
+    one_line(lambda: pretrained.VAE(replace(c, latent=configs.Latent(str(tmp_path), 4)), "cpu"), "16 channels, 8 pixels", "--latent.factor=8")
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "_class_name": "AutoencoderTiny"}))
+    one_line(lambda: pretrained.VAE(c, "cpu"), "AutoencoderTiny", "AutoencoderKL")
 
 
 # ------------------------------------------------------------------------------------------------------------------
