@@ -510,7 +510,7 @@ def train(c):
             return leave(world, watch)
     bar.close()
     saver.last(watch)
-    say(f"finished after {clock.total() / 60:.1f} minutes of training: look into {folder}/samples, then python sample.py \"a red apple\"")
+    say(f"finished after {clock.total() / 60:.1f} minutes of training: look at {folder}/index.html, then python sample.py \"a red apple\"")
     leave(world, watch)
 
 

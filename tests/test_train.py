@@ -26,7 +26,7 @@ import train
 from model import Denoiser, patchify
 
 ROOT = Path(__file__).parent.parent
-TINY = "--config=debug --train.precision=fp32 --train.eval_every=0 --train.log_every=1 --train.val_images=8 --sample.steps=1".split()
+TINY = "--config=debug --train.precision=fp32 --optim.ns_dtype=fp32 --train.eval_every=0 --train.log_every=1 --train.val_images=8 --sample.steps=1".split()
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
