@@ -12,7 +12,10 @@ models without storage. A training step is three forwards of the denoiser, one o
 (the prediction forward and back to the pixels, the image forward). All are matrix products; the rest of a step is memory traffic,
 which is why no one reaches the peak: --mfu is an assumption, --rate a measurement.
 """
+import math
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +24,7 @@ import configs, muon, pretrained
 from model import Denoiser, flops
 
 PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "mi300x": 1307e12}               # dense bf16, by the vendors
+NODE = 8                                                                                                  # GPUs
 NVLINK = 450e9                                                                                            # bytes a second and direction; MI300X: 448
 PUBLISHED = {
     "nitro_512": "AMD: 440 GPU-hours of MI300X (129 images/s a GPU)",
@@ -85,6 +89,60 @@ def activations(c, model, tokens):
     return total(2)[0] - total(1)[0]                        # without what does not depend on the batch: casts of weights
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Messages between ranks
+
+def grid(replicas, shards):
+    """What the optimizer asks of a mesh, of ranks that are not here."""
+    return SimpleNamespace(shape=(replicas, shards), get_coordinate=lambda: (0, 0), get_all_groups=lambda: (None, None))
+
+
+def width(c):
+    """Bytes of a gradient on its way."""
+    return 2 if c.train.reduce == "bf16" else 4
+
+
+def traffic(c, model, optimizer, micros=1):
+    """[(what, collective, bytes)] that the busiest rank sends in a step, laid out on the optimizer's grid of replicas x shards. A ring of
+    n sends n - 1 shares of 1/n to gather or to scatter, twice that to reduce. Tested against the sockets of real ranks."""
+    r, s, sent = optimizer.replicas, optimizer.shards, optimizer.ns_dtype.itemsize
+    held = {p: -(-p.shape[0] // s) * p.shape[1:].numel() for p in model.parameters()}                     # by a shard: rows, padded
+    exact = {*model.align.parameters()} if model.align else {}                                            # gathered as fp32
+    size, gathered = sum(held.values()), sum(n * (4 if p in exact else model.dtype.itemsize) for p, n in held.items())
+    away, loads = Counter(), Counter()                                                                    # Muon's: what is not at home; shares of the banks
+    for b in (b for pieces in optimizer.pieces.values() for b in pieces):
+        away[b.home] += b.rows * b.p.shape[1] - optimizer.size(b, b.home[1])
+        for j in range(s):
+            loads[j, tuple(sorted((b.rows, b.p.shape[1]))), b.home[0]] += optimizer.size(b, j)
+    longest = Counter()                                                                                   # by shard: all replicas send as much as the longest
+    for j, bank in {key[:2] for key in loads}:
+        longest[j] += max(loads[j, bank, i] for i in range(r))
+    shares = max(longest.values(), default=0) + sum(-(-n // r) for p, n in held.items() if p not in optimizer.pieces)
+    return [("weights", "gather", 2 * micros * (s - 1) * gathered), ("gradients", "scatter", (s - 1) * size * width(c)),
+            ("gradients", "reduce", 2 * (r - 1) / r * size * width(c)), ("momentum", "exchange", max(away.values(), default=0) * (4 + sent)),
+            ("updates", "share", (r - 1) * shares * sent)]
+
+
+def seconds(collective, size, replicas, shards, gbps):
+    """Of one message of `size` bytes. The shards are neighbours, the replicas lie `shards` ranks apart."""
+    ranks, apart = (replicas, shards) if collective in ("reduce", "share") else (shards, 1)
+    here, card = ranks if ranks * apart <= NODE else max(1, NODE // apart), gbps / 8 * 1e9
+    if here == ranks:
+        return size / NVLINK
+    return max(size / NVLINK, size * (ranks - here) / (ranks - 1) / card) if collective == "exchange" else size / min(NVLINK, here * card)
+
+
+def scaling(c, model, optimizer, batch, rate, gbps):
+    """A step on the optimizer's grid. -> micro-batches of a rank, its traffic, seconds: of computing, of messages, of those that nothing hides."""
+    images = batch / optimizer.replicas / optimizer.shards
+    m = max(1, math.ceil(images / c.train.micro_batch))
+    sent, step = traffic(c, model, optimizer, m), images / rate
+    spent = {collective: seconds(collective, size, optimizer.replicas, optimizer.shards, gbps) for _, collective, size in sent}
+    gather, forward, backward = spent["gather"] / 2 / m, step / m / 3, step / m * 2 / 3
+    lost = m * max(0, gather - forward) + (m - 1) * max(0, gather - backward) + max(0, gather + spent["scatter"] + spent["reduce"] - backward)
+    return m, sent, step, sum(spent.values()), lost + spent["exchange"] + spent["share"]
+
+
 def plan(c, gpus=32, device="h200", mfu=0.4, rate=0.0, price=2.0, tokens=80, gbps=400.0):
     meta = torch.device("meta")
     tokens = min(tokens, c.text.length)
@@ -124,19 +182,34 @@ def plan(c, gpus=32, device="h200", mfu=0.4, rate=0.0, price=2.0, tokens=80, gbp
     if c.name in PUBLISHED:
         print(f"  published: {PUBLISHED[c.name]}")
 
-    # Traffic. A ring of n sends (n - 1) / n of the data to gather it, twice that to reduce it; in a node of 8 over NVLink, between
-    # nodes over one network card for each GPU, which carries an eighth. Both run at once: the slower counts.
-    compute = c.train.batch / gpus / rate
-    grads, updates = 2 * 4 * total, 2 * groups["muon"] + 4 * groups["adamw"]                              # bytes
-    print(f"\ntraffic a step with replicas (ddp): gradients, {4 * total / 1e9:.1f} GB reduced in 2 (n-1)/n passes while the backward runs (2/3 of a step); new "
-          f"weights,\n{updates / 1e9:.1f} GB gathered in (n-1)/n after it; n GPUs of a node at {NVLINK / 1e9:.0f} GB/s, then n nodes at {gbps:g} Gb/s a GPU")
-    for n in (1, 8, 32, 256):
-        inside, nodes, work = min(n, 8), -(-n // 8), compute * gpus / n
-        seconds = [size * max((inside - 1) / inside / NVLINK, (nodes - 1) / nodes / inside / (gbps / 8 * 1e9)) for size in (grads, updates)]
-        lost = max(0.0, seconds[0] - 2 / 3 * work) + seconds[1]
-        note = f"   not possible: {c.train.batch // c.train.micro_batch} micro-batches" if n > c.train.batch // c.train.micro_batch else ""
-        print(f"  {n:4} GPUs: step {1000 * work:8.1f} ms, reduce {1000 * seconds[0]:5.1f} ms, gather {1000 * seconds[1]:5.1f} ms: "
-              f"efficiency {work / (work + lost):.1%}{note}")
+    # traffic
+    updates, grads, shards = optimizer.ns_dtype.itemsize, width(c), c.train.shard or NODE
+    print(f"""
+traffic: what a GPU sends in a step of m micro-batches; n GPUs are r replicas of s shards: ddp r = n, fsdp s = n, hsdp s = {shards}
+  weights    2 m (s-1)/s x {model.dtype.itemsize} bytes a parameter, gathered for each forward and backward and hidden by them (1/3 and 2/3 of the micro-batch)
+  gradients  ((s-1)/s + 2 (r-1)/r/s) x {grads} bytes, scattered to the shards, then reduced over the replicas, hidden by the last backward
+  momentum   of Muon's matrices, what is not at home, x (4 + {updates}) bytes: out and back, all-to-all of the shards, busiest rank; not hidden
+  updates    (r-1)/r/s x {updates} bytes, Muon's padded to the longest share, gathered by the replicas; not hidden
+Rings go at the speed of the slowest link: NVLink, {NVLINK / 1e9:.0f} GB/s a GPU, in a node of {NODE}; between nodes {gbps:g} Gb/s for each of a
+node's GPUs in the ring; an all-to-all between nodes at {gbps:g} Gb/s a GPU. All at full speed and without latency: the more GPUs and
+the smaller the messages, the less of this is reached. Efficiency: the share of a step that does not wait for messages.""")
+    for mode in ("ddp", "fsdp", "hsdp"):
+        print(f"  {mode:4}  GPUs   m   GB sent: weights gradients momentum updates   ms: step messages waiting   efficiency")
+        for n in (1, 8, 32, 256):
+            s = {"ddp": 1, "fsdp": n, "hsdp": shards}[mode]
+            if c.train.batch % n:
+                print(f"      {n:6}   not possible: a batch of {c.train.batch} images")
+            elif mode != "hsdp" or n % s == 0 and 1 < s < n:
+                laid = muon.build(model, c.optim, grid(n // s, s))
+                find = lambda batch: scaling(c, model, laid, batch, rate, gbps)             # noqa: B023 (called at once)
+                m, sent, step, messages, lost = find(c.train.batch)
+                gigabytes = "".join(f"{sum(size for name, _, size in sent if name == what) / 1e9:{w}.2f}"
+                                    for what, w in (("weights", 19), ("gradients", 10), ("momentum", 9), ("updates", 8)))
+                note = f"  --train.micro_batch={c.train.batch // n}" if c.train.batch // n < c.train.micro_batch else ""
+                if lost > 0.05 * (step + lost):
+                    enough = next((k for k in (c.train.batch * 2 ** i for i in range(1, 11)) if (row := find(k))[4] <= 0.05 * (row[2] + row[4])), 0)
+                    note += f"  below 95%: {f'a batch of {enough:,} would reach it' if enough else 'no batch reaches it'}"
+                print(f"      {n:6} {m:3}{gigabytes}{1000 * step:11.1f} {1000 * messages:8.1f} {1000 * lost:7.1f} {step / (step + lost):12.1%}{note}")
 
 
 def main(argv):
