@@ -1,5 +1,6 @@
 """train.py --plan against figures computed by hand and against models that do run."""
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -96,6 +97,19 @@ def test_what_muon_sends_by_hand():
     assert shards["weights", "gather"] == 3 * 2 * 76 * 2 and shards["gradients", "scatter"] == 76 * 4 and shards["updates", "share"] == 0
     # homes alternate. A (4, 4) lacks 8 numbers at home; of each fused one the middle piece lacks 2, and one of the others, homed away, all 4
     assert shards["momentum", "exchange"] == (2 * 8 + 2 * 2 + 2 * 4) * (4 + 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of bytes sent")
+def test_ranks_send_what_the_formula_says():
+    """Two real ranks, two micro-batches each; gloo's headers, the status and the norm are in the count: less than 3%."""
+    import bench_cluster
+    tiny = ["--model.width=64", "--model.depth=3", "--model.heads=2", "--model.size=32", "--text.vocab=400", "--text.width=32", "--text.depth=1",
+            "--text.heads=2", "--data.subset=food", "--train.precision=bf16", "--train.micro_batch=2"]
+    found = bench_cluster.run(2, [("training", [*bench_cluster.flags(2, mode, 12), *tiny, "--train.batch=8", "--train.images=96", f"--train.reduce={reduce}"])
+                                  for mode, reduce in (("ddp", "bf16"), ("fsdp", "fp32"))])
+    for ranks in found:
+        most = max(r["bytes"] for r in ranks)
+        assert 1e5 < ranks[0]["gloo"] and abs(most / ranks[0]["gloo"] - 1) < 0.03, ranks
 
 
 def test_a_plan_says_what_cannot_reach_95_percent(capsys):
