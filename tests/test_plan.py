@@ -52,10 +52,10 @@ def rows(out):
 
 def test_messages_by_hand(capsys):
     """Nitro-T-1.2B, second stage, all AdamW: P parameters; a ring over nodes takes its bytes at 8 x 50 GB/s, one within a node at 450."""
-    out = rows(printed(capsys, "--config=nitro_1024_ft", "--rate=100", "--train.reduce=bf16"))
-    P = 1_257_779_872
+    plans = {gbps: rows(printed(capsys, "--config=nitro_1024_ft", "--rate=100", "--train.reduce=bf16", f"--gbps={gbps}")) for gbps in (400, 10)}
+    P, out = 1_257_779_872, plans[400]
 
-    def same(mode, n, m, gb, ms, waiting):
+    def same(mode, n, m, gb, ms, waiting, out=out):
         """`gb`: weights, gradients, momentum, updates."""
         found, line = out[mode, n]
         step = 2048 / n / 100
@@ -68,6 +68,10 @@ def test_messages_by_hand(capsys):
     # hsdp: of 8 shards in a node over NVLink, then 4 replicas of an eighth, each over its own 50 GB/s
     node, replica = 7 / 8 * 2 * P, 3 / 4 * 2 * P / 8
     same("hsdp", 32, 1, (2 * node / 1e9, (node + 2 * replica) / 1e9, 0, replica / 1e9), 3 * node / 450e6 + 3 * replica / 50e6, replica / 50e6)
+    # a slow network, 8 x 1.25 GB/s: a forward takes 1/3 of a step of 640 ms, the backward that hides a gather and the gradients 2/3
+    slow = 31 / 32 * 2 * P / 10e6
+    same("ddp", 32, 1, (0, 2 * 31 / 32 * 2 * P / 1e9, 0, 31 / 32 * 2 * P / 1e9), 3 * slow, 2 * slow - 640 * 2 / 3 + slow, plans[10])
+    same("fsdp", 32, 1, (2 * 31 / 32 * 2 * P / 1e9, 31 / 32 * 2 * P / 1e9, 0, 0), 3 * slow, slow - 640 / 3 + 2 * slow - 640 * 2 / 3, plans[10])
     assert ("hsdp", 8) not in out and "--train.micro_batch=8" in out["ddp", 256][1]
     assert all("below 95%" not in out[mode, 32][1] for mode in ("ddp", "fsdp", "hsdp"))
 
@@ -97,11 +101,13 @@ def test_what_muon_sends_by_hand():
     assert shards["weights", "gather"] == 3 * 2 * 76 * 2 and shards["gradients", "scatter"] == 76 * 4 and shards["updates", "share"] == 0
     # homes alternate. A (4, 4) lacks 8 numbers at home; of each fused one the middle piece lacks 2, and one of the others, homed away, all 4
     assert shards["momentum", "exchange"] == (2 * 8 + 2 * 2 + 2 * 4) * (4 + 2)
+    model.align = torch.nn.Linear(3, 2)                                         # gathered as fp32
+    assert found(1, 2)["weights", "gather"] == 2 * (76 * 2 + 4 * 4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of bytes sent")
 def test_ranks_send_what_the_formula_says():
-    """Two real ranks, two micro-batches each; gloo's headers, the status and the norm are in the count: less than 3%."""
+    """Two real ranks, two micro-batches each; gloo's headers, the status and the norm are in the count: less than 2%."""
     import bench_cluster
     tiny = ["--model.width=64", "--model.depth=3", "--model.heads=2", "--model.size=32", "--text.vocab=400", "--text.width=32", "--text.depth=1",
             "--text.heads=2", "--data.subset=food", "--train.precision=bf16", "--train.micro_batch=2"]
@@ -109,7 +115,7 @@ def test_ranks_send_what_the_formula_says():
                                   for mode, reduce in (("ddp", "bf16"), ("fsdp", "fp32"))])
     for ranks in found:
         most = max(r["bytes"] for r in ranks)
-        assert 1e5 < ranks[0]["gloo"] and abs(most / ranks[0]["gloo"] - 1) < 0.03, ranks
+        assert 1e5 < ranks[0]["gloo"] and abs(most / ranks[0]["gloo"] - 1) < 0.02, ranks
 
 
 def test_a_plan_says_what_cannot_reach_95_percent(capsys):
