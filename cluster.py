@@ -256,10 +256,15 @@ def place(tensors):
     return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + row["data_offsets"][0] for name, row in table.items()}
 
 
-def snapshot(model, ema, optimizer):
-    """What this rank writes, as it is now, on the host."""
-    copy = lambda x: x.detach().to("cpu", copy=True)
-    return contents(model, ema, optimizer), {file: [(n, at, copy(x)) for n, at, x in rows] for file, rows in parts(model, ema, optimizer).items()}
+def snapshot(model, ema, optimizer, old=None):
+    """What this rank writes, as it is now, on the host: in the memory of an old snapshot, if given one. New memory costs more than the copy."""
+    now = parts(model, ema, optimizer)
+    files = old or {file: [(name, at, torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)) for name, at, x in rows] for file, rows in now.items()}
+    for x, copy in ((x, copy) for file in now for (_, _, x), (_, _, copy) in zip(now[file], files[file], strict=True)):
+        copy.copy_(x.detach(), non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return contents(model, ema, optimizer), files
 
 
 def write(folder, step, c, bpe, index, files, mine, rank=0, world=1, group=None):
@@ -332,16 +337,16 @@ class Saver:
     """Checkpoints while the training goes on: it waits for a copy of this rank's part to memory, the rest is a thread's."""
 
     def __init__(self, folder, c, bpe, index, rank, world):
-        self.folder, self.c, self.bpe, self.index, self.ranks, self.thread, self.failed = folder, c, bpe, index, (rank, world), None, ""
+        self.folder, self.c, self.bpe, self.index, self.ranks, self.thread, self.failed, self.memory = folder, c, bpe, index, (rank, world), None, "", None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if world > 1 else None    # its own: it talks while we do
 
     def save(self, step, model, ema, optimizer, log):
         self.wait()
-        files = snapshot(model, ema, optimizer)
+        files, self.memory = snapshot(model, ema, optimizer, self.memory)
 
         def work():
             try:
-                write(self.folder, step, self.c, self.bpe, self.index, *files, *self.ranks, self.group)
+                write(self.folder, step, self.c, self.bpe, self.index, files, self.memory, *self.ranks, self.group)
                 self.failed = ""
             except (SystemExit, RuntimeError) as error:
                 self.failed = f"the checkpoint of step {step} could not be written: {str(getattr(error, 'message', error))[:200]}"
