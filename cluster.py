@@ -27,8 +27,8 @@ def start(timeout=600):
     """(rank, world, device). Under torchrun it joins the group: NCCL (RCCL on ROCm) on GPUs, gloo on CPU."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        fail(f"{local + 1} processes on this node, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    if cuda and local >= (gpus := torch.cuda.device_count()):                                             # said by the first one too many: rank 0 is well
+        sys.exit(f"error: {os.environ.get('LOCAL_WORLD_SIZE')} processes on this node, but {gpus} GPUs: lower --nproc_per_node" if local == gpus else 1)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

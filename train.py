@@ -369,7 +369,7 @@ def train(c):
     rank, world, device = start(c.train.timeout)
     agree(world, setting(c, device))
     if c.text.encoder != "bpe":
-        c = replace(c, text=replace(c.text, dim=pretrained.text_dim(c)))
+        c = replace(c, text=replace(c.text, dim=together(world, lambda: pretrained.text_dim(c))[rank]))
     if (micros := c.train.batch // c.train.micro_batch) % world:
         fail(f"{micros} micro-batches cannot be shared by {world} ranks: choose --train.micro_batch so that batch / micro_batch is a multiple of {world}")
     folder = Path(c.out or f"runs/{c.name}")
@@ -382,13 +382,13 @@ def train(c):
     agree(world, {"the data set": (index := digest_of(dataset))})
     first = dataset.get(0, 0)[0]
     has = first if isinstance(first, dict) else {}                                                        # what `data.py prepare` made: see data.py
-    encode, teacher, vae = frozen(c, device, has)
+    together(world, lambda: loaded.extend((*frozen(c, device, has), pretrained.perceptual(c, device))))     # a node may lack the files of one
+    encode, teacher, vae, perceptual = loaded[2:]
     align_dim = teacher.dim if teacher else has["teacher"].shape[1] if "teacher" in has else 0
-    perceptual = pretrained.perceptual(c, device)
     model, ema, optimizer = build(c, device, align_dim, world)
-    step, source = resume(folder, c, model, ema, optimizer, world, index)
+    step, source = together(world, lambda: resume(folder, c, model, ema, optimizer, world, index))[rank]
     if c.init and not step:
-        source = load_weights(c.init, model, ema, optimizer, say)
+        source = together(world, lambda: load_weights(c.init, model, ema, optimizer, say))[rank]
     bpe = None
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import cluster
 import configs
+import muon
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +165,35 @@ def ranks(rank, folder, which):
         refused("hsdp3", 3, "--parallel=hsdp", "--shard=2")
         refused("one", 2, "--model.depth=4", "--train.images=720")
         refused("fsdp2", 2, "--data=nowhere", "--train.images=720")
+        refused("ddp2", 2, "--data.subset=animals", "--train.images=720")
+        refused("init", 2, f"--init={folder / 'one'}", "--model.depth=4")
         refused("busy", 2, "--train.images=24")
+        away = lambda: os.chdir(folder / "busy" if rank else folder)                                      # another node, which sees other files
+        refused("weights", 2, "--teacher=vision", "--align.block=1", change=away)
+        refused("unseen", 2, "--out=one", "--train.images=720", change=away)
+        os.chdir(ROOT)
+
+    def early():
+        """A rank that samples, and so calls blocks alone, before anyone has called the whole network."""
+        if not group(rank, 2, next(ports)):
+            return
+        c = configs.parse([*TINY, "--parallel=fsdp"])
+        device, ids, mask, outputs = train.start()[2], torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool), []
+        z, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
+        for world in (1, 2):
+            model, _, optimizer = train.build(c, device, 0, world)
+            for p in model.parameters():                                                                  # the last layer starts at zero
+                muon.local(p).data.add_(0.05)
+            with torch.no_grad(), cluster.whole(model) as net:
+                if rank == 0:
+                    net.text_kv(ids, mask)
+            for _ in range(3):
+                outputs.append(model(z, t, ids, mask)[0])
+                outputs[-1].square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        train.leave(2)
+        assert all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(outputs[:3], outputs[3:])) and (outputs[0] - outputs[1]).abs().max() > 0.01
 
     def half():
         for mode in ("ddp", "fsdp"):
@@ -173,7 +202,7 @@ def ranks(rank, folder, which):
             run(f"half{world}", world, "--parallel=fsdp" if world > 1 else "--parallel=auto", "--train.images=120", "--train.precision=bf16",
                 f"--teacher={folder / 'vision'}", "--align.block=1", "--align.hidden=16")
 
-    for part in (trajectories, elastic, poison, disk, slowness, mistakes, half):
+    for part in (trajectories, elastic, poison, disk, slowness, mistakes, early, half):
         if part.__name__ in which or not which:
             part()
 
@@ -198,7 +227,7 @@ def done(tmp_path_factory):
     Dinov2Model(vision).save_pretrained(folder / "vision")
     (folder / "busy").mkdir()
     lock = train.hold(folder / "busy")                                                                    # we are another run
-    env = {**ENV, "PORTS": str(20_000 + os.getpid() % 20_000)}
+    env = {**ENV, "PORTS": str(20_000 + os.getpid() % 12_000)}                                            # Linux gives out those above 32,767 to anyone
     files = [open(folder / f"rank{r}.txt", "w+") for r in range(4)]
     started = [subprocess.Popen([sys.executable, __file__, str(r), folder], cwd=ROOT, env=env, stdout=f, stderr=f) for r, f in enumerate(files)]
     deadline = time.time() + 400
@@ -287,12 +316,27 @@ def test_a_slow_rank_is_named_and_whether_it_waited_or_computed(done):
     ("code", r"rank 1 is not set up as rank 0: code abc \(rank 0: abd\)"), ("torch", r"torch 2.13.1 \(rank 0: 2.13.0\)"),
     ("index", "rank 1 is not set up as rank 0: the data set"), ("absent", "rank 1: no folder elsewhere"),
     ("odd", "3 micro-batches cannot be shared by 2 ranks"), ("hsdp", "2 ranks must be two or more times"), ("hsdp3", "3 ranks must be two or more"),
-    ("one", r"model.depth=3 \(now 4\)"), ("fsdp2", "no folder nowhere"), ("busy", "another run is writing into")])
+    ("one", r"model.depth=3 \(now 4\)"), ("fsdp2", "no folder nowhere"), ("ddp2", "another data set than emoji is now"),
+    ("init", "one is another model"), ("busy", "another run is writing into"),
+    ("weights", "rank 1: .*vision"), ("unseen", r"rank 1: .*No such file .*'one/step_00000030")])
 def test_what_cannot_run_together_is_one_line_on_the_first_rank_and_stops_all(done, name, words):
     _, said = done
     lines = [line for line in said[0].splitlines() if line.startswith(f"{name}: error: ")]
     assert len(lines) == 1 and re.search(words, lines[0])
     assert f"{name}: 1" in said[1].splitlines() and not any("Traceback" in text for text in said)
+
+
+def test_more_processes_than_gpus_is_said_by_the_first_one_too_many(monkeypatch):
+    """Rank 0 has its GPU, and waits; torchrun stops all when one ends with an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for local, code in ((2, "error: 4 processes on this node, but 2 GPUs: lower --nproc_per_node"), (3, 1)):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, str(local))
+        with pytest.raises(SystemExit) as stop:
+            cluster.start()
+        assert stop.value.code == code
 
 
 # ------------------------------------------------------------------------------------------------------------------
