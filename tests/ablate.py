@@ -5,7 +5,8 @@
 
 Equal time is by images: the steps of all variants are timed in turn (`train.py --bench`, OUT/rates.json), and each sees as many images
 as fit into the seconds that the recipe takes for --images. So other work on the machine, which slows a run, gives nobody fewer images;
-the rates want a quiet one. Equal images: also the dearer ones with all --images. What was run before is not run again.
+the rates want a quiet one. Beside the dearer ones stands the recipe itself at as many images. What was run before is not run again.
+The picture wants matplotlib.
 """
 import argparse, collections, json, os, statistics, subprocess, sys
 from pathlib import Path
@@ -58,15 +59,39 @@ def run(folder, options, images, seed):
     return {"loss": found["loss"]["loss"], **scores, "minutes": max(line.get("minutes", 0) for line in log)}
 
 
+SHOWN = {"validation loss": ("loss", 1, 4), "seen, top-1 %": ("emoji top-1 seen", 100, 0), "held out, top-1 %": ("emoji top-1 heldout", 100, 0)}
+
+
+def groups(rows):
+    """{(variant, equal): its rows}, in the order of VARIANTS, those of equal time first."""
+    found = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda r: (r["equal"] != "time", list(VARIANTS).index(r["variant"]), r["equal"])):
+        found[row["variant"], row["equal"]].append(row)
+    return found
+
+
 def table(rows):
-    groups = collections.defaultdict(list)
-    for row in rows:
-        groups[row["equal"], row["variant"], row["images"]].append(row)
-    for (equal, name, images), group in sorted(groups.items(), key=lambda item: (item[0][0] != "time", item[0][0], list(VARIANTS).index(item[0][1]))):
-        spread = lambda key, scale, digits: (f"{scale * statistics.mean(r[key] for r in group):.{digits}f} "
-                                             f"({scale * min(r[key] for r in group):.{digits}f} to {scale * max(r[key] for r in group):.{digits}f})")
-        numbers = spread("loss", 1, 4), spread("emoji top-1 seen", 100, 0), spread("emoji top-1 heldout", 100, 0)
-        print(f"| {name} | {equal} | {images:,} | {' | '.join(numbers)} | {len(group)} |")
+    print(f"| | images | {' | '.join(SHOWN)} | n |\n{'|---' * (len(SHOWN) + 3)}|")
+    for (name, equal), group in groups(rows).items():
+        values = [[scale * row[key] for row in group] for key, scale, _ in SHOWN.values()]
+        cells = [f"{statistics.mean(v):.{d}f} ({min(v):.{d}f} to {max(v):.{d}f})" for v, (*_, d) in zip(values, SHOWN.values())]
+        print(f"| {name}{'' if equal == 'time' else f', {equal}'} | {group[0]['images']:,} | {' | '.join(cells)} | {len(group)} |")
+
+
+def draw(rows, path):
+    """A dot for each run, a bar for the mean of its variant."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = list(groups(rows).items())[::-1]
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(10, 0.4 * len(found) + 1), sharey=True, layout="constrained")
+    for ax, (title, (key, scale, _)) in zip(axes, SHOWN.items()):
+        values = [[scale * row[key] for row in group] for _, group in found]
+        ax.barh(range(len(found)), [statistics.mean(v) for v in values], color=["#9db4c6" if equal == "time" else "#dddddd" for (_, equal), _ in found])
+        ax.plot([x for v in values for x in v], [i for i, v in enumerate(values) for _ in v], "o", color="#c2261d", markersize=4)
+        ax.set(title=title, yticks=range(len(found)), yticklabels=[name if equal == "time" else f"{name}, {equal}" for (name, equal), _ in found])
+        ax.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=100)
 
 
 def main():
@@ -83,17 +108,18 @@ def main():
     speed = rates(options, out / "rates.json")
     fit = {name: int(args.images * speed[name] / speed["recipe"]) // 64 * 64 for name in options}
     plan = [(seed, "time", name, fit[name]) for seed in args.seeds.split(",") for name in options]
-    plan += [(seed, "images", name, args.images) for seed in args.seeds.split(",") for name in options if fit[name] < 0.8 * args.images]
+    plan += [(seed, f"images of {name}", "recipe", fit[name]) for seed in args.seeds.split(",") for name in options if fit[name] < 0.8 * args.images]
     path = out / "runs.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for seed, equal, name, images in tqdm(plan, desc="runs"):
         if args.only and name not in args.only.split(",") or any((r["seed"], r["equal"], r["variant"]) == (int(seed), equal, name) for r in done):
             continue
-        folder = out / f"{name.replace(' ', '_')}_{equal}_{seed}"
+        folder = out / f"{name}_{equal}_{seed}".replace(" ", "_")
         done.append({"variant": name, "equal": equal, "seed": int(seed), "images": images, "img_s": speed[name], **run(folder, options[name], images, seed)})
         with path.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
     table(done)
+    draw(done, out / "ablation.png")
 
 
 if __name__ == "__main__":
