@@ -278,7 +278,7 @@ def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, 
             rows = log.rows()
             plot(rows, folder / "loss.png")
             page.write(folder, c, rows, prompts, page.nearest(images, prompts, dataset, folder))
-        except (OSError, ValueError) as error:                                                            # ValueError: a full disk cut a line of the log
+        except OSError as error:
             tqdm.write(f"WARNING: no pictures of step {step}: {error}", file=sys.stderr)
     model.train()
     return result["loss"]
