@@ -240,8 +240,11 @@ prx_512 = Config(
     data=Data(source="images", workers=8),
     text=Text(encoder="google/t5gemma-2b-2b-ul2", length=256, dim=2304),
     model=Model(size=512, patch=32, width=1792, depth=16, heads=28, bottleneck=256,
-                route=Route(1, 14, 0.5)),       # the blog: second to penultimate block; the shipped yaml: 2 to 12
+                route=Route(1, 14, 0.5)),       # the blog: second to penultimate block; the shipped yaml, --model.route=2,12,0.5, has more FLOPs
+    flow=Flow(),                                # noise 1: the default of their code; the blog is silent, their later 7B model has --flow.noise=2
+    # The teacher sees 16 pixels for each token of 32, as theirs, but smoothed where they drop every other pixel; --align.size for another side.
     align=Align(teacher="facebook/dinov3-vitl16-pretrain-lvd1689m", block=7, hidden=1024),
+    # LPIPS at half scale in both stages, as their yaml (--perceptual.lpips_scale); DINO keeps the aspect ratio, which theirs squashes.
     perceptual=Perceptual(lpips="timm/vgg16.tv_in1k", dino="facebook/dinov2-with-registers-base"),
     optim=Optim(lr=1e-4, adam_lr=1e-4, warmup=1_024_000, clip=0.2, ema=0.999, ema_every=10),
     train=Train(images=102_400_000, batch=1024, micro_batch=32, eval_every=1_024_000, save_every=1_024_000, keep_every=10_240_000, val_images=1024),

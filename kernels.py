@@ -149,7 +149,7 @@ def newton_schulz(g, kind="quintic", dtype=torch.bfloat16):
 # How fast, and how exact
 
 def cases(big, device, dtype):
-    """(name, function, inputs, which of them have a gradient, FLOPs of the forward or 0): shapes of a routed block of prx_512, or of a CPU's."""
+    """[(name, function, inputs, how many of the first have a gradient, FLOPs of the forward or 0)]: shapes of a routed block of prx_512; small on CPU."""
     b, n, k, l, h, d, m = (32, 256, 128, 80, 28, 64, 6272) if big else (8, 64, 32, 16, 4, 64, 896)
     c, t = h * d, k + l
     rand = lambda *shape: torch.randn(shape, device=device, dtype=dtype)
