@@ -108,7 +108,8 @@ class Perceptual:
 @dataclass(frozen=True)
 class Optim:
     name: str = "muon"              # "muon" (matrices of the blocks; AdamW for the rest) or "adamw"
-    lr: float = 1e-3                # Muon's, scaled by 0.2 sqrt(max(rows, columns)): as large as an AdamW step
+    lr: float = 1e-3                # Muon's, of each matrix times `scale`
+    scale: str = "rms"              # "rms": 0.2 sqrt(max(rows, columns)), as large as an AdamW step; "spectral": sqrt(max(1, rows / columns)), Jordan's
     adam_lr: float = 1e-3           # AdamW's
     beta1: float = 0.9
     beta2: float = 0.95
@@ -116,6 +117,7 @@ class Optim:
     momentum: float = 0.95          # Muon's, with Nesterov
     ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
     ns_dtype: str = "bf16"          # of Newton-Schulz's products, and of updates that replicas send each other; "fp32": slower, to compare ranks
+    modulation: str = "muon"        # what trains the adaLN matrices of the blocks: "muon" (as PRX) or "adamw" (a cheaper step)
     split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one
     decay: float = 0.0              # decoupled weight decay
     warmup: int = 10_000            # images of linear warm-up
@@ -388,6 +390,8 @@ def check(c):
     one_of("model.kind", m.kind, "prx", "dit", "mmdit")
     one_of("optim.name", o.name, "muon", "adamw")
     one_of("optim.ns", o.ns, "quintic", "polar")
+    one_of("optim.modulation", o.modulation, "muon", "adamw")
+    one_of("optim.scale", o.scale, "rms", "spectral")
     one_of("flow.prediction", f.prediction, "x", "v")
     one_of("sample.sampler", s.sampler, "euler", "heun", "multistep")
     one_of("sample.guide", s.guide, "cfg", "self")
@@ -423,7 +427,7 @@ def check(c):
         ok(c.text.vocab >= 257, "text.vocab must hold the 256 bytes and the start token: 257 or more")
     if (r := m.route) is not None:
         last = m.depth - 1 if r.end is None else r.end
-        ok(0 < r.start <= last < m.depth, f"model.route {r.start}..{r.end} must lie within blocks 1..{m.depth - 1} of model.depth {m.depth}")
+        ok(0 <= r.start <= last < m.depth, f"model.route {r.start}..{r.end} must lie within blocks 0..{m.depth - 1} of model.depth {m.depth}")
         ok(0 < r.keep <= 1, "model.route.keep lies between 0 (excluded) and 1")
     if c.align.teacher:
         ok(0 <= c.align.block < m.depth, f"align.block {c.align.block} must be a block of model.depth {m.depth}: 0..{m.depth - 1}")

@@ -1,7 +1,8 @@
 """The optimizer: Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else.
 
     m <- lerp(m, g, 1 - mu);  u = lerp(g, m, mu)                       momentum as an average, Nesterov
-    w <- (1 - lr decay) w - lr 0.2 sqrt(max(rows, cols)) NS(u)         (Liu et al. 2025: as large as an AdamW update)
+    w <- (1 - lr decay) w - lr scale NS(u)                             "rms": 0.2 sqrt(max(rows, cols)) (Liu et al. 2025: as large as an
+                                                                       AdamW update); "spectral": sqrt(max(1, rows / cols)) (Jordan)
 
 NS is `kernels.newton_schulz`: matrices of one shape go through it as one batch, a bank. Rows that were fused because they
 share an input (`weight.pieces`, e.g. q, k and v) are different maps, so by default each is orthogonalised on its own.
@@ -43,8 +44,8 @@ class Muon(torch.optim.Optimizer):
     """Groups say `kind` ("muon" or "adamw") and `base_lr`; whoever drives it sets `lr` before each step. `mesh`: a DeviceMesh
     (replicas, shards), none for one process. Gradients are reduced before `step`, and on every replica the same."""
 
-    def __init__(self, groups, momentum=0.95, ns="quintic", ns_dtype=torch.bfloat16, split=True, beta1=0.9, beta2=0.95, eps=1e-8, mesh=None):
-        self.momentum, self.ns, self.ns_dtype, self.betas, self.eps, self.mesh = momentum, ns, ns_dtype, (beta1, beta2), eps, mesh
+    def __init__(self, groups, momentum=0.95, ns="quintic", ns_dtype=torch.bfloat16, split=True, beta1=0.9, beta2=0.95, eps=1e-8, mesh=None, scale="rms"):
+        self.momentum, self.ns, self.ns_dtype, self.scale, self.betas, self.eps, self.mesh = momentum, ns, ns_dtype, scale, (beta1, beta2), eps, mesh
         self.replicas, self.shards = mesh.shape if mesh else (1, 1)
         self.replica, self.shard = mesh.get_coordinate() if mesh else (0, 0)
         self.across, self.within = mesh.get_all_groups() if mesh else (None, None)
@@ -112,10 +113,10 @@ class Muon(torch.optim.Optimizer):
         banks = {}                                                                                        # (rows, cols), rows <= cols
         for b in sorted((b for p in params for b in self.pieces[p]), key=lambda b: b.home):
             banks.setdefault(tuple(sorted((b.rows, b.p.shape[1]))), []).append(b)
-        for _ in zip_longest(*(self.bank(bank, updates, -lr * 0.2 * shape[1] ** 0.5, go) for shape, bank in banks.items())):
+        for _ in zip_longest(*(self.bank(bank, updates, lr, go) for bank in banks.values())):
             pass                                                                                          # one talks while others compute
 
-    def bank(self, bank, updates, scale, go):
+    def bank(self, bank, updates, lr, go):
         """Orthogonalise pieces of one shape, sorted by home, and add them to the weights. Yields while messages are under way."""
         ours = [b for b in bank if b.home[0] == self.replica]
         mine = [b for b in ours if b.home[1] == self.shard]
@@ -148,7 +149,9 @@ class Muon(torch.optim.Optimizer):
             work.wait()
             parts = [x for row, s in zip(got.split(longest), sizes) for x in unflat(row[:sum(s)], [s])[0]]
         for b, x in zip(bank, parts):
-            self.cut(b.p, b).add_(x.view(-1, b.p.shape[1]), alpha=scale)
+            rows, cols = b.rows, b.p.shape[1]
+            scale = 0.2 * max(rows, cols) ** 0.5 if self.scale == "rms" else max(1, rows / cols) ** 0.5
+            self.cut(b.p, b).add_(x.view(-1, cols), alpha=-lr * scale)
 
     def exchange(self, sent, away, here):
         """All-to-all among the shards of a replica. -> what comes, and the work to wait for."""
@@ -209,11 +212,12 @@ def build(model, o, mesh=None):
     """The optimizer of a model under configs.Optim `o`. Every parameter is in exactly one group."""
     matrices, tables, rest = [], [], []
     for name, p in model.named_parameters(remove_duplicate=False):           # a tied one would appear twice
-        inside = p.ndim == 2 and "blocks" in name.split(".") and o.name == "muon"
+        path = name.split(".")
+        inside = o.name == "muon" and p.ndim == 2 and "blocks" in path and not (o.modulation == "adamw" and path[-2].endswith("modulation"))
         (matrices if inside else tables if p.ndim > 1 else rest).append(p)
     groups = [dict(params=matrices, kind="muon", base_lr=o.lr, decay=o.decay), dict(params=tables, kind="adamw", base_lr=o.adam_lr, decay=o.decay),
               dict(params=rest, kind="adamw", base_lr=o.adam_lr, decay=0.0)]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters()}), "every parameter is in exactly one group"
     ns_dtype = torch.float32 if o.ns_dtype == "fp32" else torch.bfloat16
-    return Muon([g for g in groups if g["params"]], o.momentum, o.ns, ns_dtype, o.split, o.beta1, o.beta2, o.eps, mesh)
+    return Muon([g for g in groups if g["params"]], o.momentum, o.ns, ns_dtype, o.split, o.beta1, o.beta2, o.eps, mesh, o.scale)

@@ -1,34 +1,54 @@
 """What each trick does to the `emoji` recipe: the same seconds for each, several seeds. -> a line per run in OUT/runs.jsonl, a table.
 
     python tests/make_dinov2.py out/dinov2                       # a real teacher for REPA: see there what to install
-    python tests/ablate.py --teacher=out/dinov2                  # --images=25600 --seeds=0,1,2 --only=muon,v --out=out/ablation
+    python tests/ablate.py --teacher=out/dinov2                  # --images=25600 --seeds=0,1,2 --only="TREAD,AdamW 1e-3" --out=out/ablation
 
 Equal time is by images: the steps of all variants are timed in turn (`train.py --bench`, OUT/rates.json), and each sees as many images
 as fit into the seconds that the recipe takes for --images. So other work on the machine, which slows a run, gives nobody fewer images;
-the rates want a quiet one. Beside the dearer ones stands the recipe itself at as many images. What was run before is not run again.
+the rates want a quiet one. Where that is far from --images, the same change stands at equal images too: a variant that is dearer beside the
+recipe at as many as it had, a cheaper one at --images. --jobs at once share the cores. What was run before is not run again.
 The picture wants matplotlib.
 """
 import argparse, collections, json, os, statistics, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 TEACHER = "--align.block=2 --align.layer=9 --align.hidden=512 --teacher="
-VARIANTS = {
-    "recipe": "",                                                                   # x-prediction, Muon, dense
-    "v-prediction": "--flow.prediction=v",
-    "AdamW 2e-3": "--optim.name=adamw",
+VARIANTS = {                                                                        # each a change of the recipe: x-prediction, Muon, dense
+    "recipe": "",
     "AdamW 1e-3": "--optim.name=adamw --optim.adam_lr=1e-3",
+    "AdamW 2e-3": "--optim.name=adamw",
+    "Muon, fused matrices whole": "--optim.split=no",
+    "Muon, spectral scale": "--optim.scale=spectral --optim.lr=5.5e-3",             # as large as the recipe's on a square matrix
+    "v-prediction": "--flow.prediction=v",
     "TREAD": "--model.route=1,4,0.5",
-    "REPA": TEACHER,
-    "perceptual": "--perceptual.effnet=yes",
+    "TREAD, keep 0.75": "--model.route=1,4,0.75",
+    "lazy masking, two mixer blocks": "--model.route=2,none,0.5",
+    "lazy masking, no mixer": "--model.route=0,none,0.5",
+    "shift 3": "--flow.shift=3",
     "no EMA": "--optim.ema=0",
+    "REPA": TEACHER,
+    "iREPA": "--align.conv=yes --align.norm=0.8 " + TEACHER,
+    "perceptual": "--perceptual.effnet=yes",
+    "v, AdamW 1e-3": "--flow.prediction=v --optim.name=adamw --optim.adam_lr=1e-3",  # the plain baseline
+    "v, TREAD": "--flow.prediction=v --model.route=1,4,0.5",
+    "AdamW 1e-3, TREAD": "--optim.name=adamw --optim.adam_lr=1e-3 --model.route=1,4,0.5",
+    "as nitro: DiT, v, AdamW 1e-3, lazy": "--model.kind=dit --flow.prediction=v --optim.name=adamw --optim.adam_lr=1e-3 --model.route=2,none,0.5",
+    "as nitro, dense": "--model.kind=dit --flow.prediction=v --optim.name=adamw --optim.adam_lr=1e-3",
+    "as prx: TREAD, REPA, perceptual": "--model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER,
+    "as prx, no TREAD": "--perceptual.effnet=yes " + TEACHER,
+    "as prx, no REPA": "--model.route=1,4,0.5 --perceptual.effnet=yes",
+    "as prx, no perceptual": "--model.route=1,4,0.5 " + TEACHER,
+    "as prx, AdamW 1e-3": "--optim.name=adamw --optim.adam_lr=1e-3 --model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER,
+    "as prx, v": "--flow.prediction=v --model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER,
 }
 
 
-def call(*command):
-    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def call(*command, **variables):
+    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **variables})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
@@ -49,10 +69,11 @@ def rates(options, path, rounds=2):
     return {name: statistics.median(known[name]) for name in options}
 
 
-def run(folder, options, images, seed):
+def run(folder, options, images, seed, threads):
+    threads = {"OMP_NUM_THREADS": str(threads)}
     call("train.py", "--config=emoji", *options.split(), f"--seed={seed}", f"--train.images={images}", f"--out={folder}", "--train.eval_every=0",
-         "--train.save_every=0")
-    call("evaluate.py", f"--checkpoint={folder}", "--n=109", "--steps=10", f"--out={folder}/evaluation.json")
+         "--train.save_every=0", **threads)
+    call("evaluate.py", f"--checkpoint={folder}", "--n=109", "--steps=10", f"--out={folder}/evaluation.json", **threads)
     found = json.loads((folder / "evaluation.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     scores = {f"{key} {which}": found["retrieval"][which][key] for which in ("seen", "heldout") for key in ("emoji top-1", "emoji top-5")}
@@ -98,26 +119,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=25_600)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", help="variants, parted by commas")
+    parser.add_argument("--only", help="variants, parted by semicolons")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--teacher", default="out/dinov2")
     parser.add_argument("--out", default="out/ablation", type=Path)
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     options = {name: text + args.teacher * text.endswith("--teacher=") for name, text in VARIANTS.items()}
+    if args.only:
+        options = {name: text for name, text in options.items() if name in ("recipe", *args.only.split(";"))}
     speed = rates(options, out / "rates.json")
     fit = {name: int(args.images * speed[name] / speed["recipe"]) // 64 * 64 for name in options}
-    plan = [(seed, "time", name, fit[name]) for seed in args.seeds.split(",") for name in options]
-    plan += [(seed, f"images of {name}", "recipe", fit[name]) for seed in args.seeds.split(",") for name in options if fit[name] < 0.8 * args.images]
     path = out / "runs.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for seed, equal, name, images in tqdm(plan, desc="runs"):
-        if args.only and name not in args.only.split(",") or any((r["seed"], r["equal"], r["variant"]) == (int(seed), equal, name) for r in done):
-            continue
-        folder = out / f"{name}_{equal}_{seed}".replace(" ", "_")
-        done.append({"variant": name, "equal": equal, "seed": int(seed), "images": images, "img_s": speed[name], **run(folder, options[name], images, seed)})
-        with path.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+    plan = [("time", name, fit[name]) for name in options]
+    plan += [("images", name, args.images) for name in options if fit[name] > 1.1 * args.images]
+    plan += [(f"images of {name}", "recipe", fit[name]) for name in options if fit[name] < 0.9 * args.images]
+    plan = [(seed, *row) for row in plan for seed in map(int, args.seeds.split(","))]
+    plan = [p for p in plan if not any((r["seed"], r["equal"], r["variant"]) == p[:3] for r in done)]
+
+    def one(task):
+        seed, equal, name, images = task
+        folder = out / "".join(ch if ch.isalnum() or ch in ".-" else "_" for ch in f"{name}_{equal}_{seed}")
+        return {"variant": name, "equal": equal, "seed": seed, "images": images, "img_s": speed[name],
+                **run(folder, options[name], images, seed, max(1, os.cpu_count() // args.jobs))}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in tqdm(as_completed(pool.submit(one, task) for task in plan), total=len(plan), desc="runs"):
+            done.append(future.result())
+            with path.open("a") as file:
+                file.write(json.dumps(done[-1]) + "\n")
     table(done)
     draw(done, out / "ablation.png")
 

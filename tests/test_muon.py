@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,14 @@ def group(params, kind="muon", lr=0.02, decay=0.1):
     return dict(params=params, kind=kind, base_lr=lr, decay=decay)
 
 
-def test_muon_equals_torch_optim_muon():
+@pytest.mark.parametrize("scale, torchs", [("rms", "match_rms_adamw"), ("spectral", "original")])
+def test_muon_equals_torch_optim_muon(scale, torchs):
     """torch's multiplies in bf16, one matrix at a time; ours does the same products in batches, in the same order."""
     ours, theirs = same()
-    drive(ours, theirs, muon.Muon([group(ours)]), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    drive(ours, theirs, muon.Muon([group(ours)], scale=scale), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=torchs))
     for a, b, start in zip(ours, theirs, same()[0]):
         moved = (b - start).abs().max()
-        assert moved > 0.05 and (a - b).abs().max() < 0.03 * moved, (a - b).abs().max() / moved
+        assert moved > (0.05 if scale == "rms" else 0.01) and (a - b).abs().max() < 0.03 * moved, (a - b).abs().max() / moved
 
 
 def exact_step(w, m, g, lr, decay, mu=0.95):
@@ -177,6 +179,17 @@ def test_groups_of_the_model():
         prx = Denoiser(configs.prx_512, align_dim=1024)
     sizes = [sum(p.numel() for p in g["params"]) for g in muon.build(prx, configs.prx_512.optim).param_groups]
     assert sizes[0] == 1_156_055_040 and sum(sizes[1:]) - sum(p.numel() for p in prx.align.parameters()) == 21_160_704
+
+
+@pytest.mark.parametrize("kind", ["prx", "mmdit"])
+def test_adaln_matrices_may_be_adamws(kind):
+    c = configs.parse(["--config=debug", f"--model.kind={kind}"])
+    model = Denoiser(c)
+    names = {id(p): n for n, p in model.named_parameters()}
+    kinds = {names[id(p)]: g["kind"] for g in muon.build(model, replace(c.optim, modulation="adamw")).param_groups for p in g["params"]}
+    before = {names[id(p)]: g["kind"] for g in muon.build(model, c.optim).param_groups for p in g["params"]}
+    moved = {n for n in kinds if kinds[n] != before[n]}
+    assert moved == {n for n in kinds if n.startswith("blocks.") and n.endswith("modulation.weight")} and all(kinds[n] == "adamw" for n in moved)
 
 
 def test_a_parameter_in_two_groups_is_refused():
