@@ -113,7 +113,8 @@ def pixels(images):
 
 def vision(name, c, device):
     """The mean patch token of a transformers vision model, of length 1: squared distance is 2 - 2 cosine."""
-    encode = pretrained.teacher(dataclasses.replace(c, align=configs.Align(teacher=name)), device)
+    exact = dataclasses.replace(c.train, precision="fp32")
+    encode = pretrained.teacher(dataclasses.replace(c, align=configs.Align(teacher=name), train=exact), device)
     return lambda images: torch.nn.functional.normalize(encode(images.float() / 127.5 - 1).mean(1), dim=-1)
 
 

@@ -163,8 +163,14 @@ def configuration(name, flag, weights=True):
     return from_hub(transformers.AutoConfig, name, flag)
 
 
+def compute_dtype(c, device):
+    """Of the denoiser and the teacher. (On a CPU a perceptual network, all convolutions, is quicker in fp32.)"""
+    fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if c.train.precision == "bf16" or c.train.precision == "auto" and fast else torch.float32
+
+
 def frozen(kind, name, flag, config, device, weights=True, dtype=None):
-    """The model with the weights of `name`, every one of them found, in bf16 on GPU and fp32 on CPU. weights=False: random ones."""
+    """The model with the weights of `name`, every one of them found, by default in bf16 on GPU and fp32 on CPU. weights=False: random ones."""
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if not weights:
         with torch.device(device):
@@ -283,7 +289,7 @@ def teacher(c, device, weights=True):
         fail(f"align.layer {layer} must lie in 1..{depth} (the teacher's blocks) or be -1 (after the last and its norm)")
     if layer > 0:
         config.num_hidden_layers = layer                    # later blocks are not even loaded
-    model, options, mean, std = looker(name, "--teacher", config, device, weights)
+    model, options, mean, std = looker(name, "--teacher", config, device, weights, compute_dtype(c, device))
     token = c.model.size // grid                            # pixels of the denoiser's own token
 
     @torch.no_grad()
@@ -562,12 +568,13 @@ class Distance(torch.autograd.Function):
         return upstream * ctx.saved_tensors[0], None, None, None
 
 
-def perceptual(c, device, weights=True, chunk=16):
+def perceptual(c, device, weights=True, pixels=2 ** 22):
     """-> None, or callable: x_hat and x (B, 3, H, W) fp32 in [-1, 1] -> {"lpips", "dino", "effnet" or some of them: mean distance}.
     The gradient goes to x_hat alone."""
     distances = {made.__name__: made(c, device, weights) for made in (lpips, dino, effnet) if getattr(c.perceptual, made.__name__)}
     if distances:
-        return lambda x_hat, x: {name: Distance.apply(x_hat, x, distance, chunk) for name, distance in distances.items()}
+        chunk = lambda x: max(1, pixels // (x.shape[2] * x.shape[3]))                                # 16 images of 512 x 512
+        return lambda x_hat, x: {name: Distance.apply(x_hat, x, distance, chunk(x)) for name, distance in distances.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------

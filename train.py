@@ -59,11 +59,6 @@ from sample import generate, grid
 # ------------------------------------------------------------------------------------------------------------------
 # The machine
 
-def compute_dtype(c, device):
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if c.train.precision == "bf16" or c.train.precision == "auto" and fast else torch.float32
-
-
 def keep_memory():
     """On CPU, with glibc: freed buffers stay with the process. Else each step hands them to the kernel, which clears them for the next."""
     if platform.libc_ver()[0] == "glibc":
@@ -97,7 +92,7 @@ def setting(c, device):
     """What must be the same on every rank, apart from the data."""
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:12]
     values = {f"--{key}": reduce(getattr, key.split("."), c) for key in configs.keys(c)}
-    return {"torch": torch.__version__, "code": code, "precision": str(compute_dtype(c, device))[6:],
+    return {"torch": torch.__version__, "code": code, "precision": str(pretrained.compute_dtype(c, device))[6:],
             **{key: value for key, value in values.items() if not is_dataclass(value)}}
 
 
@@ -337,7 +332,7 @@ def frozen(c, device, has=(), weights=True):
 def build(c, device, align_dim, world=1):
     """The model, its moving average, the optimizer. Same weights on every rank, from the seed."""
     torch.manual_seed(c.seed)
-    model = Denoiser(c, align_dim, compute_dtype(c, device)).to(device)
+    model = Denoiser(c, align_dim, pretrained.compute_dtype(c, device)).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.align = None
     mesh = mesh_of(c, model, device, world)

@@ -25,8 +25,8 @@ from diffusers import PRXTransformer2DModel
 import configs
 import kernels
 from model import Denoiser, patchify
-from pretrained import from_released
-from train import compute_dtype, wait
+from pretrained import compute_dtype, from_released
+from train import wait
 
 
 def main():

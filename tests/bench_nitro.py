@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import configs
 import kernels
 from model import Denoiser
-from train import compute_dtype, wait
+from pretrained import compute_dtype
+from train import wait
 
 
 def main():

@@ -108,7 +108,7 @@ def parts(a, folder):
     }
     calls = {name: (lambda gradient, update: lambda: (gradient(), update()))(gradient, update) for name, (_, gradient, update) in made.items()}
     rounds = in_turn(calls, a.rounds, best=2)
-    print(f"width {a.width}, depth {a.depth}, {a.tokens} image tokens, batch {a.batch}, {machine(train.compute_dtype(plain, DEVICE))}, "
+    print(f"width {a.width}, depth {a.depth}, {a.tokens} image tokens, batch {a.batch}, {machine(pretrained.compute_dtype(plain, DEVICE))}, "
           f"{a.rounds} rounds, best of 2 in each; EfficientNet's weights are {'real' if real else 'random'}")
     for name in calls:
         print(f"{name:14} {spread([r[name] for r in rounds])}   {spread([r[name] / r['dense, AdamW'] for r in rounds], 'times the first', 1, 2)}")

@@ -239,7 +239,7 @@ def test_activations_are_gone_before_backward_and_chunks_change_nothing(vgg, vit
         boxes.append(weakref.ref(box))
         return box
     for chunk in (16, 2):
-        distances = pretrained.perceptual(all_three(vgg, vit), "cpu", chunk=chunk)
+        distances = pretrained.perceptual(all_three(vgg, vit), "cpu", pixels=chunk * pictures(1)[0][0, 0].numel())
         boxes.clear()
         most = []
         for network, _ in networks[-3:]:

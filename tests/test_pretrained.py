@@ -337,7 +337,8 @@ def test_teacher_layers_and_pixels(folder, kind):
     path = folder(model, own=False)
     side = model.config.patch_size * grid
     image = torch.rand(2, 3, side, side) * 2 - 1            # the teacher's own size, so that nothing is resized
-    at = lambda **kw: replace(align(path, **kw), model=replace(BASE.model, size=side, patch=side // grid))
+    at = lambda precision="fp32", **kw: replace(align(path, **kw), model=replace(BASE.model, size=side, patch=side // grid),
+                                                train=replace(BASE.train, precision=precision))
     mean, std = {"siglip": ([0.5] * 3, [0.5] * 3),
                  "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])}.get(
         kind, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -353,6 +354,8 @@ def test_teacher_layers_and_pixels(folder, kind):
     for layer in (-1, 1, 2, 3):
         got = pretrained.teacher(at(layer=layer), "cpu")(image)
         assert (got - want[layer][:, -16:]).abs().max() < 1e-5
+    rounded = pretrained.teacher(at("bf16"), "cpu")(image)
+    assert rounded.dtype == torch.float32 and torch.cosine_similarity(rounded, want[-1][:, -16:], dim=-1).min() > 0.99
     if kind != "clip":
         assert (want[3] - want[-1]).abs().max() > 1e-2      # -1 has the final norm, the last layer has not
     one_line(lambda: pretrained.teacher(at(layer=4), "cpu"), "align.layer 4", "1..3")
