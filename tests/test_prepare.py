@@ -46,7 +46,8 @@ def hub(tmp_path_factory):
 def latent(hub, *args, teacher=False):
     """Flags of a latent recipe: 32 pixels, latents 2 pixels apart, 4 x 4 tokens."""
     return ["--config=debug", f"--vae={hub / 'vae'}", "--latent.factor=2", "--model.channels=4", "--model.patch=4", f"--text={hub / 'llama'}",
-            *([f"--teacher={hub / 'dino'}", "--align.block=2"] if teacher else []), "--train.precision=fp32", "--train.batch=8", "--train.micro_batch=4", *map(str, args)]
+            *([f"--teacher={hub / 'dino'}", "--align.block=2"] if teacher else []), "--train.precision=fp32", "--train.batch=8",
+            "--train.micro_batch=4", *map(str, args)]
 
 
 SIZES = [(64, 64), (128, 64), (64, 128), (96, 64), (64, 80), (70, 70)]
