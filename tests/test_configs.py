@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_one_line(argument, words):
     ("--train.images=8", "less than one batch"),
     ("--text.heads=3", "text.width"),
     ("--text.vocab=256", "text.vocab"),
-    ("--model.route=0,2,0.5", "model.route"),                               # block 0 must mix what routing then hides
+    ("--model.route=-1,2,0.5", "model.route"),                               # a block before the first
     ("--model.route=1,4,0.5", "model.depth 4"),
     ("--model.route=3,2,0.5", "model.route"),
     ("--model.route=4,none,0.5", "model.route"),

@@ -129,9 +129,9 @@ def routed_by_loops(model, z, t, text, mask, ids):
     return outs
 
 
-@pytest.mark.parametrize("end", [2, None])
-def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
-    c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(1, end, 0.5)))
+@pytest.mark.parametrize("start, end", [(1, 2), (1, None), (0, None)])
+def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(start, end):
+    c = replace(SMALL, model=replace(SMALL.model, route=configs.Route(start, end, 0.5)))
     model = randomise(Denoiser(c))
     z, t, text, mask = inputs()
     ids = kernels.keep_tokens(3, 16, 0.5, torch.Generator().manual_seed(3))
@@ -139,7 +139,7 @@ def test_routing_equals_a_loop_over_samples_and_leaves_the_others_alone(end):
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(out))
     out, _ = model(z, t, text, mask, ids)
-    assert [s.shape[1] for s in seen] == ([16, 8, 8, 16] if end == 2 else [16, 8, 8, 8])
+    assert [s.shape[1] for s in seen] == ([16, 8, 8, 16] if end == 2 else [16, 8, 8, 8] if start == 1 else [8] * 4)
     entered = []
     model.blocks[-1].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     model(z, t, text, mask, ids)
@@ -223,7 +223,7 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("route", [None, configs.Route(1, 2, 0.5), configs.Route(2, None, 0.25)])
+@pytest.mark.parametrize("route", [None, configs.Route(1, 2, 0.5), configs.Route(2, None, 0.25), configs.Route(0, None, 0.5)])
 def test_flops_formula_equals_the_counter(route):
     c = replace(SMALL, model=replace(SMALL.model, route=route))
     z, t, text, _ = inputs()
