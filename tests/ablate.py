@@ -1,12 +1,11 @@
-"""What each trick does to the `emoji` recipe: the same seconds for each, several seeds. -> a line per run in OUT/runs.jsonl, a table.
+"""What each trick does to the `emoji` recipe: the same seconds for each, or the same images, several seeds. -> a line per run in OUT/runs.jsonl, a table.
 
     python tests/make_dinov2.py out/dinov2                       # a real teacher for REPA: see there what to install
     python tests/ablate.py --teacher=out/dinov2                  # --images=25600 --seeds=0,1,2 --only="TREAD,AdamW 1e-3" --out=out/ablation
 
 Equal time is by images: the steps of all variants are timed in turn (`train.py --bench`, OUT/rates.json), and each sees as many images
 as fit into the seconds that the recipe takes for --images. So other work on the machine, which slows a run, gives nobody fewer images;
-the rates want a quiet one. Where that is far from --images, the same change stands at equal images too: a variant that is dearer beside the
-recipe at as many as it had, a cheaper one at --images. --jobs at once share the cores. What was run before is not run again.
+the rates want a quiet one. --equal=images: all see --images. --jobs at once share the cores. What was run before is not run again.
 The picture wants matplotlib.
 """
 import argparse, collections, json, os, statistics, subprocess, sys
@@ -17,33 +16,35 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 TEACHER = "--align.block=2 --align.layer=9 --align.hidden=512 --teacher="
+ADAMW, PRX = "--optim.name=adamw --optim.adam_lr=1e-3", "--model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER
 VARIANTS = {                                                                        # each a change of the recipe: x-prediction, Muon, dense
     "recipe": "",
-    "AdamW 1e-3": "--optim.name=adamw --optim.adam_lr=1e-3",
+    "v, AdamW 1e-3": "--flow.prediction=v " + ADAMW,                                # the plain baseline
+    "v-prediction": "--flow.prediction=v",
+    "AdamW 1e-3": ADAMW,
     "AdamW 2e-3": "--optim.name=adamw",
+    "Muon for adaLN too": "--optim.modulation=muon",
     "Muon, fused matrices whole": "--optim.split=no",
     "Muon, spectral scale": "--optim.scale=spectral --optim.lr=5.5e-3",             # as large as the recipe's on a square matrix
-    "v-prediction": "--flow.prediction=v",
     "TREAD": "--model.route=1,4,0.5",
     "TREAD, keep 0.75": "--model.route=1,4,0.75",
-    "lazy masking, two mixer blocks": "--model.route=2,none,0.5",
-    "lazy masking, no mixer": "--model.route=0,none,0.5",
+    "TREAD, v": "--flow.prediction=v --model.route=1,4,0.5",
+    "masking, two mixer blocks": "--model.route=2,none,0.5",
+    "masking, no mixer": "--model.route=0,none,0.5",
     "shift 3": "--flow.shift=3",
     "no EMA": "--optim.ema=0",
     "REPA": TEACHER,
     "iREPA": "--align.conv=yes --align.norm=0.8 " + TEACHER,
     "perceptual": "--perceptual.effnet=yes",
-    "v, AdamW 1e-3": "--flow.prediction=v --optim.name=adamw --optim.adam_lr=1e-3",  # the plain baseline
-    "v, TREAD": "--flow.prediction=v --model.route=1,4,0.5",
-    "AdamW 1e-3, TREAD": "--optim.name=adamw --optim.adam_lr=1e-3 --model.route=1,4,0.5",
-    "as nitro: DiT, v, AdamW 1e-3, lazy": "--model.kind=dit --flow.prediction=v --optim.name=adamw --optim.adam_lr=1e-3 --model.route=2,none,0.5",
-    "as nitro, dense": "--model.kind=dit --flow.prediction=v --optim.name=adamw --optim.adam_lr=1e-3",
-    "as prx: TREAD, REPA, perceptual": "--model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER,
-    "as prx, no TREAD": "--perceptual.effnet=yes " + TEACHER,
-    "as prx, no REPA": "--model.route=1,4,0.5 --perceptual.effnet=yes",
-    "as prx, no perceptual": "--model.route=1,4,0.5 " + TEACHER,
-    "as prx, AdamW 1e-3": "--optim.name=adamw --optim.adam_lr=1e-3 --model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER,
-    "as prx, v": "--flow.prediction=v --model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER,
+    "nitro: DiT, v, AdamW 1e-3, masking": "--model.kind=dit --flow.prediction=v --model.route=2,none,0.5 " + ADAMW,
+    "nitro, dense": "--model.kind=dit --flow.prediction=v " + ADAMW,
+    "nitro, Muon": "--model.kind=dit --flow.prediction=v --model.route=2,none,0.5",
+    "prx: TREAD, REPA, perceptual": PRX,
+    "prx, no TREAD": "--perceptual.effnet=yes " + TEACHER,
+    "prx, no REPA": "--model.route=1,4,0.5 --perceptual.effnet=yes",
+    "prx, no perceptual": "--model.route=1,4,0.5 " + TEACHER,
+    "prx, AdamW 1e-3": ADAMW + " " + PRX,
+    "prx, v": "--flow.prediction=v " + PRX,
 }
 
 
@@ -86,7 +87,7 @@ SHOWN = {"validation loss": ("loss", 1, 4), "seen, top-1 %": ("emoji top-1 seen"
 def groups(rows):
     """{(variant, equal): its rows}, in the order of VARIANTS, those of equal time first."""
     found = collections.defaultdict(list)
-    for row in sorted(rows, key=lambda r: (r["equal"] != "time", list(VARIANTS).index(r["variant"]), r["equal"])):
+    for row in sorted(rows, key=lambda r: (r["equal"] != "time", r["equal"], list(VARIANTS).index(r["variant"]))):
         found[row["variant"], row["equal"]].append(row)
     return found
 
@@ -118,6 +119,7 @@ def draw(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=25_600)
+    parser.add_argument("--equal", default="time", choices=("time", "images"))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", help="variants, parted by semicolons")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -129,21 +131,19 @@ def main():
     options = {name: text + args.teacher * text.endswith("--teacher=") for name, text in VARIANTS.items()}
     if args.only:
         options = {name: text for name, text in options.items() if name in ("recipe", *args.only.split(";"))}
-    speed = rates(options, out / "rates.json")
+    speed = rates(options, out / "rates.json") if args.equal == "time" else dict.fromkeys(options, 1)
     fit = {name: int(args.images * speed[name] / speed["recipe"]) // 64 * 64 for name in options}
+    equal = "time" if args.equal == "time" else f"{args.images:,} images"
     path = out / "runs.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    plan = [("time", name, fit[name]) for name in options]
-    plan += [("images", name, args.images) for name in options if fit[name] > 1.1 * args.images]
-    plan += [(f"images of {name}", "recipe", fit[name]) for name in options if fit[name] < 0.9 * args.images]
-    plan = [(seed, *row) for row in plan for seed in map(int, args.seeds.split(","))]
-    plan = [p for p in plan if not any((r["seed"], r["equal"], r["variant"]) == p[:3] for r in done)]
+    plan = [(name, equal, seed) for name in options for seed in map(int, args.seeds.split(","))]
+    plan = [p for p in plan if not any((r["variant"], r["equal"], r["seed"]) == p for r in done)]
 
     def one(task):
-        seed, equal, name, images = task
+        name, equal, seed = task
         folder = out / "".join(ch if ch.isalnum() or ch in ".-" else "_" for ch in f"{name}_{equal}_{seed}")
-        return {"variant": name, "equal": equal, "seed": seed, "images": images, "img_s": speed[name],
-                **run(folder, options[name], images, seed, max(1, os.cpu_count() // args.jobs))}
+        return {"variant": name, "equal": equal, "seed": seed, "images": fit[name],
+                **run(folder, options[name], fit[name], seed, max(1, os.cpu_count() // args.jobs))}
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in tqdm(as_completed(pool.submit(one, task) for task in plan), total=len(plan), desc="runs"):
             done.append(future.result())
