@@ -187,7 +187,7 @@ class Config:
 
 emoji = Config(
     # python train.py
-    # 2 CPU cores, six minutes: see RESULTS.md
+    # 2 CPU cores, seven minutes: see RESULTS.md
     name="emoji",
     text=Text(length=12, width=192, depth=1, heads=3),
     model=Model(size=48, patch=8, width=192, depth=6, heads=3, absolute=True),

@@ -74,7 +74,7 @@ def test_the_readme_has_its_commands():
     assert len(COMMANDS) > 15 and any("torchrun" in c for c in COMMANDS)
 
 
-SLOW = () if os.environ.get("NANOT2I_LONG") else ("python kernels.py",)         # 40 seconds
+SLOW = ("python tests/records.py", *(() if os.environ.get("NANOT2I_LONG") else ("python kernels.py",)))         # 25 minutes, 40 seconds
 
 
 @pytest.mark.parametrize("command", [c.split("&& ")[-1] for c in COMMANDS if "pytest" not in c and "bench" not in c and c not in (*LARGE, *SLOW)])
