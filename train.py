@@ -59,9 +59,9 @@ from sample import generate, grid
 # ------------------------------------------------------------------------------------------------------------------
 # The machine
 
-def keep_memory():
+def keep_memory(device):
     """On CPU, with glibc: freed buffers stay with the process. Else each step hands them to the kernel, which clears them for the next."""
-    if platform.libc_ver()[0] == "glibc":
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: none
         libc.mallopt(-3, 32 * 2 ** 20)                  # M_MMAP_THRESHOLD: the largest that it takes
@@ -417,7 +417,7 @@ def train(c):
         say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
         return leave(world)
     compiled = compile_blocks(c, model, device)
-    keep_memory()
+    keep_memory(device)
     net = model
     if optimizer.shards == 1 and world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -548,7 +548,7 @@ def bench(c, repeats=20):
     perceptual = pretrained.perceptual(c, device, weights=False)
     model, ema, optimizer = build(c, device, align_dim)
     compiled = compile_blocks(c, model, device)
-    keep_memory()
+    keep_memory(device)
     model.train()
     real = torch.randint(length // 4, length // 2 + 1, (size, 1))                                         # captions of ordinary length
     host = {"image": torch.randint(0, 256, (size, 3, c.model.size, c.model.size), dtype=torch.uint8),

@@ -76,7 +76,7 @@ def main():
         torch.nn.init.normal_(p, std=0.02)
     for block in [*blocks, *ours.blocks]:
         block.compile(dynamic=False)
-    keep_memory()
+    keep_memory(device)
     optimizers = {theirs: torch.optim.AdamW(theirs.parameters(), 1e-4, fused=True), ours: muon.build(ours, c.optim)}
     z, t = torch.randn(a.batch, c.model.channels, size, size, device=device), torch.rand(a.batch, device=device)
     text = torch.randn(a.batch, a.text, a.width, device=device)

@@ -42,7 +42,7 @@ def main():
         models = {"eager": Denoiser(c, dtype=compute_dtype(c, device)).eval(), "compiled": Denoiser(c, dtype=compute_dtype(c, device)).eval()}
     for block in blocks_of(models["compiled"]):
         block.compile(dynamic=None if device.type == "cuda" else False)
-    train.keep_memory()
+    train.keep_memory(device)
     length = c.text.length // 2                                                 # captions of ordinary length
     tokenize = lambda texts: (torch.zeros(len(texts), length, dtype=torch.int64), torch.ones(len(texts), length, dtype=torch.bool))
     states = torch.randn(a.batch + 1, length, c.text.dim, device=device)
