@@ -190,10 +190,10 @@ emoji = Config(
     # 2 CPU cores, seven minutes: see RESULTS.md
     name="emoji",
     text=Text(length=12, width=192, depth=1, heads=3),
-    model=Model(size=48, patch=8, width=192, depth=6, heads=3, absolute=True),
+    model=Model(size=48, patch=8, width=192, depth=6, heads=3, absolute=True, route=Route(1, 4, 0.5), dense_after=96_000),
     flow=Flow(shift=8.0),                       # high: the caption decides the picture, so most is to be learnt near t = 1
-    optim=Optim(lr=2e-3, adam_lr=2e-3, modulation="adamw", warmup=3_000, cooldown=0.3),
-    train=Train(images=89_600, batch=64, micro_batch=64, eval_every=11_200, save_every=22_400),
+    optim=Optim(lr=2.4e-3, adam_lr=2.4e-3, modulation="adamw", warmup=3_000, cooldown=0.3),
+    train=Train(images=112_128, batch=96, micro_batch=96, eval_every=14_016, save_every=28_032),
     sample=Sample(guidance=1.5, prompts="red apple on a yellow background|tiger face on a blue background|slice of pizza|owl on a green background|"
                   "strawberry on a white background|penguin on an orange background|hamburger on a purple background|tropical fish on a black background"),
 )
