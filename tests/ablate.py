@@ -1,14 +1,15 @@
-"""What each trick does to the `emoji` recipe: the same seconds for each, or the same images, several seeds. -> a line per run in OUT/runs.jsonl, a table.
+"""What each trick does to the `emoji` recipe without its TREAD, in the same seconds and per image, several seeds. -> a line per run in OUT/runs.jsonl, a table.
 
     python tests/make_dinov2.py out/dinov2                       # a real teacher for REPA: see there what to install
-    python tests/ablate.py --teacher=out/dinov2                  # --images=25600 --seeds=0,1,2 --only="TREAD,AdamW 1e-3" --out=out/ablation
+    python tests/ablate.py --teacher=out/dinov2                  # --images=16128 --seeds=0,1,2 --only="TREAD;AdamW 1e-3" --out=out/ablation
 
-Equal time is by images: the steps of all variants are timed in turn (`train.py --bench`, OUT/rates.json), and each sees as many images
-as fit into the seconds that the recipe takes for --images. So other work on the machine, which slows a run, gives nobody fewer images;
-the rates want a quiet one. --equal=images: all see --images. --jobs at once share the cores. What was run before is not run again.
+Equal time is by images: the steps of all variants are timed in turn (`train.py --bench`, the quickest step, OUT/rates.json), and each
+sees as many images as fit into the seconds that "dense" takes for --images. So other work on the machine, which slows a run, gives
+nobody fewer images; the rates want a quiet one. Equal images: "dense" is run whole at several budgets, and beside each variant stands what
+the line through those gives at its number of images. --jobs at once share the cores. What was run before is not run again.
 The picture wants matplotlib.
 """
-import argparse, collections, json, os, statistics, subprocess, sys
+import argparse, collections, json, math, os, statistics, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -17,18 +18,16 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent.parent
 TEACHER = "--align.block=2 --align.layer=9 --align.hidden=512 --teacher="
 ADAMW, PRX = "--optim.name=adamw --optim.adam_lr=1e-3", "--model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER
-VARIANTS = {                                                                        # each a change of the recipe: x-prediction, Muon, dense
-    "recipe": "",
+BASE = "--model.route=none --model.dense_after=0 "
+VARIANTS = {                                                                        # each a change of BASE: x-prediction, Muon, dense
+    "dense": "",
     "v, AdamW 1e-3": "--flow.prediction=v " + ADAMW,                                # the plain baseline
     "v-prediction": "--flow.prediction=v",
     "AdamW 1e-3": ADAMW,
-    "AdamW 2e-3": "--optim.name=adamw",
-    "Muon for adaLN too": "--optim.modulation=muon",
     "Muon, fused matrices whole": "--optim.split=no",
-    "Muon, spectral scale": "--optim.scale=spectral --optim.lr=5.5e-3",             # as large as the recipe's on a square matrix
+    "Muon, spectral scale": "--optim.scale=spectral --optim.lr=6.6e-3",             # as large as the recipe's on a square matrix
     "TREAD": "--model.route=1,4,0.5",
     "TREAD, keep 0.75": "--model.route=1,4,0.75",
-    "TREAD, v": "--flow.prediction=v --model.route=1,4,0.5",
     "masking, two mixer blocks": "--model.route=2,none,0.5",
     "masking, no mixer": "--model.route=0,none,0.5",
     "shift 3": "--flow.shift=3",
@@ -38,7 +37,6 @@ VARIANTS = {                                                                    
     "perceptual": "--perceptual.effnet=yes",
     "nitro: DiT, v, AdamW 1e-3, masking": "--model.kind=dit --flow.prediction=v --model.route=2,none,0.5 " + ADAMW,
     "nitro, dense": "--model.kind=dit --flow.prediction=v " + ADAMW,
-    "nitro, Muon": "--model.kind=dit --flow.prediction=v --model.route=2,none,0.5",
     "prx: TREAD, REPA, perceptual": PRX,
     "prx, no TREAD": "--perceptual.effnet=yes " + TEACHER,
     "prx, no REPA": "--model.route=1,4,0.5 --perceptual.effnet=yes",
@@ -46,6 +44,7 @@ VARIANTS = {                                                                    
     "prx, AdamW 1e-3": ADAMW + " " + PRX,
     "prx, v": "--flow.prediction=v " + PRX,
 }
+BUDGETS = 0.4, 0.63, 1, 1.6                                                         # of --images, for "dense"
 
 
 def call(*command, **variables):
@@ -56,18 +55,15 @@ def call(*command, **variables):
 
 
 def rates(options, path, rounds=2):
-    """Images/s of every variant: the median of `rounds` timings in turn."""
+    """{variant: steps/s}, by the quickest step of `rounds` timings in turn: other work can only slow one."""
     known = json.loads(path.read_text()) if path.exists() else {}
     if missing := [name for name in options if name not in known]:
         found = collections.defaultdict(list)
-        for name in tqdm(["recipe", *missing] * rounds, desc="rates"):
-            bench = call("train.py", "--bench=emoji", *options[name].split())
-            found[name].append(json.loads(bench.splitlines()[-1])["img_s"])
-        scale = known.get("recipe", found["recipe"])                                # a later timing counts against the first recipe's
-        scale = statistics.median(scale) / statistics.median(found["recipe"])
-        known |= {name: [scale * r for r in values] for name, values in found.items() if name not in known}
+        for name in tqdm(missing * rounds, desc="rates"):
+            found[name].append(1000 / json.loads(call("train.py", "--bench=emoji", *options[name].split()).splitlines()[-1])["ms_min"])
+        known |= found
         path.write_text(json.dumps(known, indent=1))
-    return {name: statistics.median(known[name]) for name in options}
+    return {name: max(known[name]) for name in options}
 
 
 def run(folder, options, images, seed, threads):
@@ -81,45 +77,59 @@ def run(folder, options, images, seed, threads):
     return {"loss": found["loss"]["loss"], **scores, "minutes": max(line.get("minutes", 0) for line in log)}
 
 
-SHOWN = {"validation loss": ("loss", 1, 4), "seen, top-1 %": ("emoji top-1 seen", 100, 0), "held out, top-1 %": ("emoji top-1 heldout", 100, 0)}
+SHOWN = {"validation loss": ("loss", 1, 3), "seen, top-5 %": ("emoji top-5 seen", 100, 0), "held out, top-5 %": ("emoji top-5 heldout", 100, 0)}
 
 
 def groups(rows):
-    """{(variant, equal): its rows}, in the order of VARIANTS, those of equal time first."""
+    """[(variant, its rows)], one for each number of images, in the order of VARIANTS."""
     found = collections.defaultdict(list)
-    for row in sorted(rows, key=lambda r: (r["equal"] != "time", r["equal"], list(VARIANTS).index(r["variant"]))):
-        found[row["variant"], row["equal"]].append(row)
-    return found
+    for row in sorted(rows, key=lambda r: (list(VARIANTS).index(r["variant"]), r["images"])):
+        found[row["variant"], row["images"]].append(row)
+    return [(name, group) for (name, _), group in found.items()]
+
+
+def at(rows, images, key):
+    """What "dense" reaches with `images`: between its budgets, straight in log images. None outside of them."""
+    means = sorted((group[0]["images"], statistics.mean(r[key] for r in group)) for name, group in groups(rows) if name == "dense")
+    for (a, low), (b, high) in zip(means, means[1:]):
+        if a <= images <= b:
+            return low + (high - low) * math.log(images / a) / math.log(b / a)
 
 
 def table(rows):
-    print(f"| | images | {' | '.join(SHOWN)} | n |\n{'|---' * (len(SHOWN) + 3)}|")
-    for (name, equal), group in groups(rows).items():
-        values = [[scale * row[key] for row in group] for key, scale, _ in SHOWN.values()]
-        cells = [f"{statistics.mean(v):.{d}f} ({min(v):.{d}f} to {max(v):.{d}f})" for v, (*_, d) in zip(values, SHOWN.values())]
-        print(f"| {name}{'' if equal == 'time' else f', {equal}'} | {group[0]['images']:,} | {' | '.join(cells)} | {len(group)} |")
+    titles = [t for title in SHOWN for t in (title, "dense, as many images")]
+    print(f"| | images | {' | '.join(titles)} | n |\n{'|---' * (len(titles) + 3)}|")
+    for name, group in groups(rows):
+        cells = []
+        for key, scale, d in SHOWN.values():
+            values, same = [scale * row[key] for row in group], at(rows, group[0]["images"], key)
+            cells += [f"{statistics.mean(values):.{d}f} ({min(values):.{d}f} to {max(values):.{d}f})",
+                      "" if name == "dense" else "-" if same is None else f"{scale * same:.{d}f}"]
+        print(f"| {name} | {group[0]['images']:,} | {' | '.join(cells)} | {len(group)} |")
 
 
-def draw(rows, path):
-    """A dot for each run, a bar for the mean of its variant."""
+def draw(rows, path, images):
+    """A dot for each run, a bar for the mean of its variant; a tick for "dense" at as many images."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found = list(groups(rows).items())[::-1]
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(10, 0.4 * len(found) + 1), sharey=True, layout="constrained")
+    found = [(name, group) for name, group in groups(rows) if name != "dense" or group[0]["images"] == images][::-1]
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(10, 0.3 * len(found) + 1), sharey=True, layout="constrained")
     for ax, (title, (key, scale, _)) in zip(axes, SHOWN.items()):
-        values = [[scale * row[key] for row in group] for _, group in found]
-        ax.barh(range(len(found)), [statistics.mean(v) for v in values], color=["#9db4c6" if equal == "time" else "#dddddd" for (_, equal), _ in found])
-        ax.plot([x for v in values for x in v], [i for i, v in enumerate(values) for _ in v], "o", color="#c2261d", markersize=4)
-        ax.set(title=title, yticks=range(len(found)), yticklabels=[name if equal == "time" else f"{name}, {equal}" for (name, equal), _ in found])
+        for i, (name, group) in enumerate(found):
+            values, same = [scale * row[key] for row in group], at(rows, group[0]["images"], key)
+            ax.barh(i, statistics.mean(values), color="#5b7c99" if name == "dense" else "#9db4c6")
+            ax.plot(values, [i] * len(values), "o", color="#c2261d", markersize=4)
+            if same is not None:
+                ax.plot([scale * same] * 2, [i - 0.4, i + 0.4], color="black", linewidth=2)
+        ax.set(title=title, yticks=range(len(found)), yticklabels=[name for name, _ in found], ylim=(-0.6, len(found) - 0.4))
         ax.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=25_600)
-    parser.add_argument("--equal", default="time", choices=("time", "images"))
+    parser.add_argument("--images", type=int, default=16_128)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", help="variants, parted by semicolons")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -128,29 +138,29 @@ def main():
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    options = {name: text + args.teacher * text.endswith("--teacher=") for name, text in VARIANTS.items()}
+    options = {name: BASE + text + args.teacher * text.endswith("--teacher=") for name, text in VARIANTS.items()}
     if args.only:
-        options = {name: text for name, text in options.items() if name in ("recipe", *args.only.split(";"))}
-    speed = rates(options, out / "rates.json") if args.equal == "time" else dict.fromkeys(options, 1)
-    fit = {name: int(args.images * speed[name] / speed["recipe"]) // 64 * 64 for name in options}
-    equal = "time" if args.equal == "time" else f"{args.images:,} images"
+        options = {name: text for name, text in options.items() if name in ("dense", *args.only.split(";"))}
+    speed = rates(options, out / "rates.json")
+    whole = lambda images: int(images) // 96 * 96                                   # a step is 96
+    plan = [(name, whole(args.images * speed[name] / speed["dense"])) for name in options]
+    plan += [("dense", whole(args.images * b)) for b in BUDGETS if b != 1]
     path = out / "runs.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    plan = [(name, equal, seed) for name in options for seed in map(int, args.seeds.split(","))]
-    plan = [p for p in plan if not any((r["variant"], r["equal"], r["seed"]) == p for r in done)]
+    ran = {(r["seed"], r["variant"], r["images"]) for r in done}
+    plan = [(seed, *p) for seed in map(int, args.seeds.split(",")) for p in plan if (seed, *p) not in ran]
 
     def one(task):
-        name, equal, seed = task
-        folder = out / "".join(ch if ch.isalnum() or ch in ".-" else "_" for ch in f"{name}_{equal}_{seed}")
-        return {"variant": name, "equal": equal, "seed": seed, "images": fit[name],
-                **run(folder, options[name], fit[name], seed, max(1, os.cpu_count() // args.jobs))}
+        seed, name, images = task
+        folder = out / "".join(ch if ch.isalnum() or ch in ".-" else "_" for ch in f"{name}_{images}_{seed}")
+        return {"variant": name, "seed": seed, "images": images, **run(folder, options[name], images, seed, max(1, os.cpu_count() // args.jobs))}
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in tqdm(as_completed(pool.submit(one, task) for task in plan), total=len(plan), desc="runs"):
             done.append(future.result())
             with path.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
     table(done)
-    draw(done, out / "ablation.png")
+    draw(done, out / "ablation.png", args.images)
 
 
 if __name__ == "__main__":

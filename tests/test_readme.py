@@ -60,7 +60,7 @@ def small(command):
         given.append("--minutes=0.05")
     if words[script] == "train.py" and not {"--help", "--plan"} & set(given):
         small = [w for w in SMALL if "--config=nitro_debug" not in given or not w.startswith(("--model.size", "--model.patch"))]
-        given = small + [w.replace("micro_batch=32", "micro_batch=8") for w in given]
+        given = small + [w.replace("micro_batch=48", "micro_batch=8") for w in given]
     if words[script] in ("sample.py", "evaluate.py"):
         given = [w for w in given if not w.startswith("--steps")] + ["--steps=2"]
     if words[script] == "evaluate.py":

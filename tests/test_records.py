@@ -1,5 +1,6 @@
 """The scripts behind RESULTS.md: what they count, and that they run to their table."""
 import json, os, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,16 @@ def test_minutes_count_compiling_as_a_line_like_the_others():
 def test_every_variant_is_a_config():
     seen = {}
     for name, options in ablate.VARIANTS.items():
-        c = configs.parse(["--config=emoji", *(options + "x" * options.endswith("--teacher=")).split()])
+        c = configs.parse(["--config=emoji", *(ablate.BASE + options + "x" * options.endswith("--teacher=")).split()])
         assert c not in seen.values(), f"{name} is the same as another"
         seen[name] = c
-    assert seen["recipe"] == configs.emoji
+    assert seen["dense"] == replace(configs.emoji, model=replace(configs.emoji.model, route=None, dense_after=0))
+
+
+def test_equal_images_stand_on_the_line_between_budgets():
+    rows = [{"variant": name, "images": n, "loss": x} for name, n, x in
+            [("dense", 100, 3.0), ("dense", 100, 5.0), ("dense", 400, 2.0), ("dense", 1600, 0.0), ("TREAD", 200, 9.0)]]
+    assert [ablate.at(rows, n, "loss") for n in (50, 100, 200, 400, 800, 1600, 2000)] == [None, 4, pytest.approx(3), 2, pytest.approx(1), 0, None]
 
 
 def run(*command):
