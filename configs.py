@@ -67,7 +67,7 @@ class Model:
     absolute: bool = False          # prx: add fixed sin-cos positions to the tokens, beside RoPE (JiT does, PRX does not)
     span: float = 0.0               # sin-cos positions run from 0 to this, whatever the number of tokens along a side; 0 = that number
     route: Route | None = None      # token routing: none, or start,end,keep as in --model.route=2,12,0.5
-    dense_after: int = 0            # images after which training is dense; 0 = never
+    dense_end: float = 0.0          # last share of the run in which training is dense, as sampling is
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ emoji = Config(
     # 2 CPU cores, seven minutes: see RESULTS.md
     name="emoji",
     text=Text(length=12, width=192, depth=1, heads=3),
-    model=Model(size=48, patch=8, width=192, depth=6, heads=3, absolute=True, route=Route(1, 4, 0.5), dense_after=96_000),
+    model=Model(size=48, patch=8, width=192, depth=6, heads=3, absolute=True, route=Route(1, 4, 0.5), dense_end=0.144),
     flow=Flow(shift=8.0),                       # high: the caption decides the picture, so most is to be learnt near t = 1
     optim=Optim(lr=2.4e-3, adam_lr=2.4e-3, modulation="adamw", warmup=3_000, cooldown=0.3),
     train=Train(images=112_128, batch=96, micro_batch=96, eval_every=14_016, save_every=28_032),
@@ -409,11 +409,11 @@ def check(c):
     for key in ("model.bottleneck", "model.dual", "model.span",
                 "text.depth", "text.dim", "data.workers", "optim.lr", "optim.adam_lr", "optim.decay", "optim.warmup",
                 "optim.clip", "train.eval_every", "train.save_every", "train.keep_every", "train.shard", "align.size",
-                "align.norm", "align.until", "model.dense_after", "perceptual.lpips_weight", "perceptual.dino_weight", "perceptual.effnet_weight"):
+                "align.norm", "align.until", "perceptual.lpips_weight", "perceptual.dino_weight", "perceptual.effnet_weight"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) >= 0, f"{key} must not be below zero")
     ok(0 <= c.seed < 2 ** 63, "seed lies between 0 and 2^63")
-    for key in ("flow.uniform", "text.drop", "optim.ema", "optim.cooldown", "optim.momentum", "optim.beta1", "optim.beta2"):
+    for key in ("model.dense_end", "flow.uniform", "text.drop", "optim.ema", "optim.cooldown", "optim.momentum", "optim.beta1", "optim.beta2"):
         section, name = key.split(".")
         ok(0 <= getattr(getattr(c, section), name) <= 1, f"{key} lies between 0 and 1")
     ok(m.size % (m.patch * c.latent.factor) == 0, f"model.size {m.size} must be a multiple of model.patch {m.patch}" +

@@ -438,13 +438,12 @@ def train(c):
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
     bar = tqdm(total=steps * c.train.batch, initial=step * c.train.batch, unit="img", disable=rank > 0, smoothing=0.05, dynamic_ncols=True)
     total, since, bad, late, clock = torch.zeros(len(PARTS), device=device), step, 0, Late(2), Clock(60 * log.minutes)
-    over = lambda images: 0 < images <= step * c.train.batch
     crossed = lambda every: every and step * c.train.batch // every > (step - 1) * c.train.batch // every
     model.train()
     while step < steps:
         # forward, backward
-        now = replace(c, model=replace(c.model, route=None)) if over(c.model.dense_after) else c
-        now = replace(now, align=replace(c.align, weight=0.0)) if over(c.align.until) else now
+        now = replace(c, model=replace(c.model, route=None)) if step * c.train.batch >= (1 - c.model.dense_end) * c.train.images else c
+        now = replace(now, align=replace(c.align, weight=0.0)) if 0 < c.align.until <= step * c.train.batch else now
         optimizer.zero_grad()
         mine = range(rank, micros, world)
         for micro in mine:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent.parent
 TEACHER = "--align.block=2 --align.layer=9 --align.hidden=512 --teacher="
 ADAMW, PRX = "--optim.name=adamw --optim.adam_lr=1e-3", "--model.route=1,4,0.5 --perceptual.effnet=yes " + TEACHER
-BASE = "--data.subset=food --model.route=none --model.dense_after=0 "               # 135 drawings: twice as far in the same time
+BASE = "--data.subset=food --model.route=none --model.dense_end=0 "                 # 135 drawings: twice as far in the same time
 VARIANTS = {                                                                        # each a change of BASE: x-prediction, Muon, dense
     "dense": "",
     "v, AdamW 1e-3": "--flow.prediction=v " + ADAMW,                                # the plain baseline

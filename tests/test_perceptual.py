@@ -298,7 +298,8 @@ def test_a_checkpoint_of_torchvision_is_read_without_running_its_code(vgg, tmp_p
     ("--dino=x --model.channels=4", "pictures of 3 channels"),
     *((f"--perceptual.{key}=-1", f"perceptual.{key} must not be below zero") for key in ("lpips_weight", "dino_weight", "effnet_weight")),
     *((f"--perceptual.{key}=0", f"perceptual.{key} must be above zero") for key in ("lpips_scale", "dino_size")),
-    *((f"--{key}=-1", f"{key} must not be below zero") for key in ("align.norm", "align.until", "model.dense_after")),
+    *((f"--{key}=-1", f"{key} must not be below zero") for key in ("align.norm", "align.until")),
+    ("--model.dense_end=1.5", "model.dense_end lies between 0 and 1"),
 ])
 def test_values_that_do_not_fit_are_one_line(arguments, words):
     one_line(lambda: configs.parse(["--config=debug", *arguments.split()]), words)
@@ -466,7 +467,7 @@ def test_repa_and_routing_end_when_told(vit, tmp_path, ranks):
     args = [f"--teacher={vit}", "--align.block=1", "--align.conv", "--align.norm=0.8", "--train.images=40"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launch, "train.py", *TINY, "--train.save_every=16", "--train.keep_every=1", *args]
-    done = subprocess.run([*command, "--align.until=16", "--model.dense_after=24", f"--out={tmp_path / 'run'}"],
+    done = subprocess.run([*command, "--align.until=16", "--model.dense_end=0.4", f"--out={tmp_path / 'run'}"],
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     log = rows(tmp_path / "run")
@@ -490,10 +491,10 @@ def test_what_ended_is_not_computed(vit, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "teacher", teacher)
     monkeypatch.setattr(kernels, "keep_tokens", lambda *args: calls.update(keep=calls["keep"] + 1) or keep_tokens(*args))
     args = [f"--teacher={vit}", "--align.block=1", "--align.hidden=8"]
-    both = run(tmp_path / "both", *args, "--train.images=40", "--align.until=16", "--model.dense_after=24")
+    both = run(tmp_path / "both", *args, "--train.images=40", "--align.until=16", "--model.dense_end=0.4")
     assert calls == {"teacher": 4, "keep": 6}                                   # two and three steps of two micro-batches
-    part = run(tmp_path / "part", *args, "--train.images=32", "--align.until=16", "--model.dense_after=24")
-    run(part, *args, "--train.images=40", "--align.until=16", "--model.dense_after=24")                  # resumed when both are over
+    part = run(tmp_path / "part", *args, "--train.images=32", "--align.until=16", "--model.dense_end=0.4")
+    run(part, *args, "--train.images=40", "--align.until=16", "--model.dense_end=0.4")                  # resumed when both are over
     a, b = (load_file(newest(out) / "model.safetensors") for out in (both, part))
     assert all(torch.equal(a[k], b[k]) for k in a)
     run(tmp_path / "never", *args, "--train.images=40")

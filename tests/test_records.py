@@ -26,7 +26,7 @@ def test_every_variant_is_a_config():
         assert c not in seen.values(), f"{name} is the same as another"
         seen[name] = c
     food = replace(configs.emoji.data, subset="food")
-    assert seen["dense"] == replace(configs.emoji, data=food, model=replace(configs.emoji.model, route=None, dense_after=0))
+    assert seen["dense"] == replace(configs.emoji, data=food, model=replace(configs.emoji.model, route=None, dense_end=0.0))
 
 
 def test_equal_images_stand_on_the_line_between_budgets():
