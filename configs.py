@@ -427,7 +427,8 @@ def check(c):
         ok(c.text.vocab >= 257, "text.vocab must hold the 256 bytes and the start token: 257 or more")
     if (r := m.route) is not None:
         last = m.depth - 1 if r.end is None else r.end
-        ok(0 <= r.start <= last < m.depth, f"model.route {r.start}..{r.end} must lie within blocks 0..{m.depth - 1} of model.depth {m.depth}")
+        ok(0 <= r.start <= last < m.depth, f"model.route {r.start}..{r.end} must lie within blocks 0..{m.depth - 1} of model.depth {m.depth}: "
+           "name others with --model.route=start,end,keep, or none")
         ok(0 < r.keep <= 1, "model.route.keep lies between 0 (excluded) and 1")
     if c.align.teacher:
         ok(0 <= c.align.block < m.depth, f"align.block {c.align.block} must be a block of model.depth {m.depth}: 0..{m.depth - 1}")

@@ -162,12 +162,14 @@ def run(world, jobs):
 
 def flags(world, mode, steps):
     """The same work for every rank of any world."""
-    return ["--config=emoji", "--train.compile=no", "--train.eval_every=0", "--train.save_every=0", "--train.log_every=1000", "--train.val_images=8",
-            "--sample.steps=1", f"--parallel={mode}", "--shard=2", "--train.micro_batch=8", f"--train.batch={8 * world}", f"--train.images={8 * world * steps}"]
+    return ["--config=emoji", "--model.route=none", "--optim.modulation=muon", "--train.compile=no", "--train.eval_every=0", "--train.save_every=0",
+            "--train.log_every=1000", "--train.val_images=8", "--sample.steps=1", f"--parallel={mode}", "--shard=2", "--train.micro_batch=8",
+            f"--train.batch={8 * world}", f"--train.images={8 * world * steps}"]
 
 
 def steps(count):
-    print(f"The emoji recipe, bf16, micro-batch 8 on every rank, one thread each, {os.cpu_count()} cores, torch {torch.__version__}; median of {count} steps\n")
+    print(f"The emoji recipe, dense and with Muon for adaLN too, bf16, micro-batch 8 on every rank, one thread each, {os.cpu_count()} cores, "
+          f"torch {torch.__version__}; median of {count} steps\n")
     print("| ranks | mode | gradients | ms a step | of it optimizer | MB sent by a rank | formula, gloo | formula, ring |\n" + "|---" * 8 + "|")
     for world in (1, 2, 4):
         modes = [(mode, reduce) for mode in {1: ["ddp"], 2: ["ddp", "fsdp"], 4: ["ddp", "fsdp", "hsdp"]}[world] for reduce in ("fp32", "bf16")[:world]]

@@ -125,7 +125,7 @@ def newton_schulz_flops(optimizer):
 
 def muon_share(a):
     batch = a.batch or 256
-    c = configs.parse(["--config=emoji", "--model.route=none", "--model.dense_end=0", f"--train.batch={batch}", f"--train.micro_batch={batch}",
+    c = configs.parse(["--config=emoji", "--model.route=none", f"--train.batch={batch}", f"--train.micro_batch={batch}",
                        "--precision=fp32", "--optim.ns_dtype=fp32"])
     optimizer, gradient, update = stepper(c)
     gradient(), update(), gradient(), update()

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^    ((?:python|torchrun|pip) .*)$", README, re.M)]
 LARGE = [c for c in COMMANDS if re.search("amd/|nitro_512|nitro_1024|prx_", c) and "--plan" not in c]       # wants 8 GPUs, or the hub
 SMALL = ("--train.images=32 --train.batch=16 --train.micro_batch=8 --train.eval_every=0 --train.val_images=8 --train.compile=no --model.size=16 "
-         "--model.patch=8 --model.width=32 --model.depth=4 --model.heads=2 --text.width=16 --text.depth=1 --text.heads=2 --sample.steps=2").split()
+         "--model.patch=8 --model.width=32 --model.depth=5 --model.heads=2 --text.width=16 --text.depth=1 --text.heads=2 --sample.steps=2").split()
 
 
 @pytest.fixture(scope="module")
