@@ -151,7 +151,7 @@ class Sample:
     steps: int = 30
     guidance: float = 3.0           # 1 = none
     guide: str = "cfg"              # "cfg" (against the empty caption) or "self" (dense against routed, both with the caption)
-    sampler: str = "multistep"      # "euler", "heun" or "multistep"
+    sampler: str = "euler"          # "euler", "heun" or "multistep"
     lo: float = 0.0                 # guidance acts while lo <= t <= hi ...
     hi: float = 1.0                 # ... and costs nothing outside
     prompts: str = ""               # of the training grid, parted by |; "" = the first eight held-out captions
@@ -250,7 +250,7 @@ prx_512 = Config(
     perceptual=Perceptual(lpips="timm/vgg16.tv_in1k", dino="facebook/dinov2-with-registers-base"),
     optim=Optim(lr=1e-4, adam_lr=1e-4, warmup=1_024_000, clip=0.2, ema=0.999, ema_every=10),
     train=Train(images=102_400_000, batch=1024, micro_batch=32, eval_every=1_024_000, save_every=1_024_000, keep_every=10_240_000, val_images=1024),
-    sample=Sample(steps=50, guidance=3.5, sampler="euler"),
+    sample=Sample(steps=50, guidance=3.5),
 )
 
 prx_1024 = replace(
@@ -276,7 +276,7 @@ nitro_512 = Config(
     align=Align(teacher="facebook/dinov2-base", block=8, size=224, hidden=2048),
     optim=Optim(name="adamw", adam_lr=3e-4, beta2=0.999, eps=1e-10, decay=0.03, warmup=1_024_000, clip=0.5, ema=0.9999),     # AMD: no EMA here
     train=Train(images=204_800_000, batch=2048, micro_batch=64, eval_every=2_048_000, save_every=2_048_000, keep_every=20_480_000, val_images=1024),
-    sample=Sample(steps=20, guidance=4.0, sampler="euler"),
+    sample=Sample(steps=20, guidance=4.0),
 )
 
 nitro_1024 = replace(

@@ -91,7 +91,7 @@ def sigmas(steps, shift):
 
 
 @torch.no_grad()
-def sample(denoise, z, steps, shift=1.0, sampler="multistep", progress=None):
+def sample(denoise, z, steps, shift=1.0, sampler="euler", progress=None):
     """Integrate dz/dt = v from noise z at t = 1 to t = 0. `denoise(z, t: float) -> x_hat, v` with v = (z - x_hat) / t.
 
         euler       first order, one call per step

@@ -40,7 +40,7 @@ def draw(rows, path):
             which = [r for r in rows if r[by] == name and r[fixed[0]] == fixed[1]]
             ax.plot([r["calls"] for r in which], [r[key] for r in which], marker="o", markersize=3, label=name)
         ax.set(xscale="log", xlabel="network evaluations", ylabel="grey levels", title=title)
-        ax.set_xticks(sorted({r["calls"] for r in rows}), sorted({r["calls"] for r in rows}))
+        ax.set_xticks(ticks := sorted({r["calls"] for r in rows if r["sampler"] == "multistep"}), ticks)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)

@@ -281,7 +281,7 @@ def test_every_part_of_a_mixture_in_the_plane_gets_its_share(sampler):
         assert abs(covariance - torch.eye(2, **double)).max() < 4 * (2 / (weight * n)) ** 0.5 + 0.03, covariance
 
 
-def test_multistep_is_the_best_of_them_at_the_recipes_budget():
+def test_multistep_is_the_best_of_them_at_thirty_calls():
     denoise, z = mixture(TRIANGLE, 0.3), torch.randn(64, 2, generator=seeded(), **double)
     exact = fine(denoise, z)
     error = {s: (flow.sample(denoise, z, n, 3.0, s) - exact).square().mean().sqrt() for s, n in (("euler", 30), ("heun", 15), ("multistep", 30))}
