@@ -6,7 +6,7 @@
 
 Native torch.distributed: NCCL (RCCL on ROCm) on GPUs, gloo on CPU. One process needs none of it and goes through the same code.
 """
-import hashlib, json, math, os, shutil, sys, threading, time, warnings
+import errno, hashlib, json, math, os, shutil, sys, threading, time, warnings, zlib
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,19 +23,26 @@ from configs import fail
 # ------------------------------------------------------------------------------------------------------------------
 # The group, and how the weights lie on it
 
+def device():
+    """This process's: its own GPU of the node, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:                                                                                     # said by the first one too many: rank 0 is well
+        sys.exit(f"error: {os.environ.get('LOCAL_WORLD_SIZE')} processes on this node, but {gpus} GPUs: lower --nproc_per_node" if local == gpus else 1)
+    torch.cuda.set_device(local)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)     # torch 2.13's, on an H100: NaN gradients under a mask of 64, 192, ... keys (pytorch issue 196678)
+    return torch.device("cuda", local)
+
+
 def start(timeout=600):
     """(rank, world, device). Under torchrun it joins the group: NCCL (RCCL on ROCm) on GPUs, gloo on CPU."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if cuda and local >= (gpus := torch.cuda.device_count()):                                             # said by the first one too many: rank 0 is well
-        sys.exit(f"error: {os.environ.get('LOCAL_WORLD_SIZE')} processes on this node, but {gpus} GPUs: lower --nproc_per_node" if local == gpus else 1)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    here = device()
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout + 60))       # `Watch` is first, and says more
-    return rank, world, device
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout + 60))   # `Watch` is first, and says more
+    return rank, world, here
 
 
 def leave(world, watch=None):
@@ -154,7 +161,10 @@ def hold(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                                                  # not inherited by loader processes
     except ImportError:                                                                                   # Windows
         pass
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):                                               # a file system without locks
+            tqdm.write(f"{folder} cannot be locked ({error.strerror}): see that no other run writes into it", file=sys.stderr)
+            return file
         fail(f"another run is writing into {folder}: wait for it, or give another --out")
     return file
 
@@ -276,27 +286,39 @@ def write(folder, step, c, bpe, index, files, mine, rank=0, world=1, group=None)
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
+            for file, tensors in files.items():
+                with open(part / f"{file}.safetensors", "wb") as f:
+                    f.truncate(f.write(place(tensors)[0]) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
 
     def fill():
+        """-> {file: {where: (bytes, their checksum)}} of what this rank wrote. Into files of full size that are not opened for reading:
+        else an NFS client would write whole pages, old bytes or zeros over what another node wrote beside its own."""
+        wrote = {}
         for file, tensors in files.items():
-            head, begin = place(tensors)
-            with os.fdopen(os.open(part / f"{file}.safetensors", os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as f:
-                if rank == 0:
-                    f.write(head)
-                for name, start, x in mine[file]:
-                    f.seek(begin[name] + start * x.itemsize)
-                    f.write(x.view(torch.uint8).numpy())
+            begin = place(tensors)[1]
+            pieces = {begin[name] + start * x.itemsize: x.view(torch.uint8).numpy() for name, start, x in mine[file] if len(x)}
+            with os.fdopen(os.open(part / f"{file}.safetensors", os.O_WRONLY | getattr(os, "O_BINARY", 0)), "wb") as f:
+                for at, piece in pieces.items():
+                    f.seek(at), f.write(piece)
                 f.flush(), os.fsync(f.fileno())
+            wrote[f"{file}.safetensors"] = {at: (len(piece), zlib.crc32(piece)) for at, piece in pieces.items()}
         if rank == 0:
             configs.save(c, part / "config.json")
             (part / "state.json").write_text(json.dumps({"step": step, "images": step * c.train.batch, "data": index}))
             if bpe:
                 pretrained.bpe_save(bpe, part / "bpe.tiktoken")
+        return wrote
 
     def sums():
+        """Of whole files, once they are seen to hold what all ranks meant to write."""
         found = {}
-        for file in sorted(part.iterdir())[rank::world]:                                                  # all are whole by now
+        for file in sorted(part.iterdir())[rank::world]:
             with open(file, "rb+") as f:
+                for at, (size, crc) in ((at, piece) for wrote in written for at, piece in wrote.get(file.name, {}).items()):
+                    f.seek(at)
+                    if zlib.crc32(f.read(size)) != crc:
+                        raise OSError(f"{file} does not hold what was written at byte {at}: does the file system take writes of several nodes into one file?")
+                f.seek(0)
                 found[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
                 os.fsync(f.fileno())
         return found
@@ -315,7 +337,7 @@ def write(folder, step, c, bpe, index, files, mine, rank=0, world=1, group=None)
 
     try:
         together(world, prepare, group)
-        together(world, fill, group)
+        written = together(world, fill, group)
         found = together(world, sums, group)
         together(world, finish, group)
     except SystemExit:

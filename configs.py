@@ -123,7 +123,7 @@ class Optim:
     warmup: int = 10_000            # images of linear warm-up
     cooldown: float = 0.0           # last share of the run in which the rate falls linearly to zero
     clip: float = 1.0               # largest global gradient norm; 0 = no clipping
-    ema: float = 0.999              # exponential moving average of the weights, per update; 0 = off
+    ema: float = 0.999              # decay of the weights' moving average at an update; 0 = off
     ema_every: int = 1              # steps between updates of it
 
 

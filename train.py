@@ -76,6 +76,7 @@ def compile_blocks(c, model, device):
     able = device.type == "cuda" or headers and any(map(shutil.which, ("g++", "clang++")))
     if c.train.compile == "yes" or c.train.compile == "auto" and able:
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False           # it would cut each block's graph at DDP's buckets, and fails on texts of any length
         for block in blocks_of(model):
             block.compile(dynamic=None if device.type == "cuda" else False)
         return True
@@ -343,11 +344,11 @@ def build(c, device, align_dim, world=1):
 
 def recalled(dataset, null, n):
     """(tokenize, encode) of prepared data, whose text encoder is not here: they know the first n captions of the set, and ""."""
-    batch = data.finish(data.gather(dataset, [(i, 0) for i in range(n)]), dataset, None)
-    width = max(batch["text"].shape[1], null[0].shape[1])
-    states, masks = (torch.cat([F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1])) for a in pair])
-                     for pair in ((null[0].to(batch["text"].dtype), batch["text"]), (null[1], batch["mask"])))
-    row = {caption: i for i, caption in enumerate(["", *batch["caption"]])}
+    found = [data.finish(data.gather(dataset, [(i, 0)]), dataset, None) for i in range(n)]                  # one by one: their shapes may differ
+    width = max(a["text"].shape[1] for a in ({"text": null[0]}, *found))
+    states, masks = (torch.cat([F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1])) for a in (first.to(rest[0].dtype), *rest)])
+                     for first, rest in ((null[0], [a["text"] for a in found]), (null[1], [a["mask"] for a in found])))
+    row = {caption: i for i, caption in enumerate(["", *(a["caption"][0] for a in found)])}
     tokenize = lambda texts: (torch.tensor([[row[text]] * width for text in texts]), masks[[row[text] for text in texts]])
     return tokenize, lambda ids, mask: states.to(ids.device)[ids[:, 0], :ids.shape[1]]
 
@@ -355,17 +356,19 @@ def recalled(dataset, null, n):
 def to_device(c, batch, null, device):
     """A batch on the device; with a frozen text encoder, and where which tokens are real (or could be, by dropping the caption), and
     which captions are of about one length."""
+    send = lambda a: (a.pin_memory() if device.type == "cuda" and not a.is_cuda else a).to(device, non_blocking=True)   # else the copy waits
     made = {}
     if c.text.encoder != "bpe" and not c.text.pad:
         real = batch["mask"] | null[1][:, :batch["mask"].shape[1]]
         batch["slots"] = kernels.text_slots(real)
-        made["groups"] = [(rows.to(device, non_blocking=True), width) for rows, width in pretrained.buckets(real)] if "ids" in batch else None
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)} | made
+        made["groups"] = [(send(rows), width) for rows, width in pretrained.buckets(real)] if "ids" in batch else None
+    return {k: send(v) for k, v in batch.items() if torch.is_tensor(v)} | made
 
 
 def update_ema(c, model, ema, step):
-    """Ramped up, so that the first thousand steps are not an average with the initialisation."""
-    decay = min(c.optim.ema, (1 + step) / (10 + step)) ** c.optim.ema_every
+    """ema <- decay ema + (1 - decay) weights, ramped up: the first thousand updates are not an average with the initialisation."""
+    updates = step // c.optim.ema_every
+    decay = min(c.optim.ema, (1 + updates) / (10 + updates))
     live = dict(model.named_parameters())
     with torch.no_grad():
         torch._foreach_lerp_([muon.local(p) for p in ema.parameters()], [muon.local(live[name]) for name, _ in ema.named_parameters()], 1 - decay)
@@ -431,8 +434,8 @@ def train(c):
         signal.signal(s, lambda number, frame: stop.append(signal.Signals(number).name))
     held = []
     together(world, lambda: held.append(hold(folder)) if rank == 0 else None)
-    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world)
     watch, rates = Watch(rank, world, c.train.timeout, device), deque(maxlen=50)                          # img/s of the last log lines
+    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world)
     say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
@@ -526,6 +529,8 @@ def train(c):
 def bench(c, repeats=20):
     """Time a training step by part on synthetic data, frozen networks with random weights, one micro-batch per step."""
     device = start()[2]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if c.text.encoder != "bpe":
         c = replace(c, text=replace(c.text, dim=pretrained.text_dim(c, weights=False)))
     size, length, spent = c.train.micro_batch, c.text.length, {}
@@ -606,7 +611,7 @@ def bench(c, repeats=20):
 
 LOADER, RANK = "a loader process has died (out of memory?)", "another rank has ended"                   # what an error then says, by its words
 DEATHS = {**dict.fromkeys(("DataLoader worker", "EOFError", "BrokenPipeError", "ConnectionRefusedError", "ConnectionResetError", "listener-"), LOADER),
-          **dict.fromkeys(("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError", "DistStoreError"), RANK)}
+          **dict.fromkeys(("by peer", "Connection refused", "Broken pipe", "DistNetworkError", "DistStoreError"), RANK)}
 
 
 def main(argv):
@@ -633,7 +638,14 @@ def main(argv):
         if not torch.cuda.is_available() and c.model.width > 1024:
             print(f"{name}: too large to time without a GPU, skipped")
         else:
-            bench(c)
+            try:
+                bench(c)
+            except torch.OutOfMemoryError:
+                print(f"{name}: the device is out of memory: lower --train.micro_batch")
+            except SystemExit as stop:                                                                        # what it needs is not here
+                if wanted != "all":
+                    raise
+                print(f"{name}: {getattr(stop, 'message', stop)}, skipped")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import cluster
 import configs
 import muon
+import prepare
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -326,6 +327,42 @@ def test_what_cannot_run_together_is_one_line_on_the_first_rank_and_stops_all(do
     assert f"{name}: 1" in said[1].splitlines() and not any("Traceback" in text for text in said)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no such locks")
+def test_a_file_system_without_locks_is_told_and_not_refused(tmp_path, monkeypatch, capsys):
+    import errno
+    import fcntl
+
+    def lockf(file, how):
+        raise OSError(wrong, os.strerror(wrong))
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    wrong = errno.ENOSYS
+    cluster.hold(tmp_path).close()
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+    wrong = errno.EAGAIN
+    with pytest.raises(SystemExit, match="another run is writing into"):
+        cluster.hold(tmp_path)
+
+
+@pytest.mark.parametrize("where", [-1, 5000])
+def test_a_file_system_that_loses_bytes_between_ranks_is_found_before_the_checkpoint_counts(tmp_path, monkeypatch, where):
+    """As an NFS client may that writes whole pages over what another node wrote: after all have written, before the sums are taken."""
+    c = configs.parse(TINY)
+    model, ema, optimizer = train.build(c, torch.device("cpu"), 0)
+    save = lambda step: cluster.write(tmp_path, step, c, None, None, *cluster.snapshot(model, ema, optimizer))
+    save(1)
+    together, files = cluster.together, []
+
+    def losing(world, action, group=None):
+        result = together(world, action, group)
+        if action.__name__ == "fill":
+            damage(files.append(next(tmp_path.glob("*.tmp")) / "model.safetensors") or files[-1], lambda b: b[:where] + bytes([b[where] ^ 1]) + b[where:][1:])
+        return result
+    monkeypatch.setattr(cluster, "together", losing)
+    with pytest.raises(SystemExit, match="model.safetensors does not hold what was written"):
+        save(2)
+    assert files and [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
 def test_more_processes_than_gpus_is_said_by_the_first_one_too_many(monkeypatch):
     """Rank 0 has its GPU, and waits; torchrun stops all when one ends with an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -336,6 +373,9 @@ def test_more_processes_than_gpus_is_said_by_the_first_one_too_many(monkeypatch)
             monkeypatch.setenv(name, str(local))
         with pytest.raises(SystemExit) as stop:
             cluster.start()
+        assert stop.value.code == code
+        with pytest.raises(SystemExit) as stop:                                                           # data.py prepare asks the same
+            prepare.encoder(configs.debug, False, None, local)
         assert stop.value.code == code
 
 
@@ -526,11 +566,12 @@ def test_twenty_rounds_of_killing_a_random_rank_end_as_if_undisturbed(tmp_path):
     draw = lambda n: int(torch.randint(n, (), generator=g))
     args = ["--parallel=ddp", "--train.save_every=24", "--train.images=2400"]
     (tmp_path / "run").mkdir()
-    lock, rounds = tmp_path / "run" / "lock", []
+    lock, log, rounds = tmp_path / "run" / "lock", tmp_path / "run" / "log.jsonl", []
+    trains = lambda: begun < lock.stat().st_mtime_ns < log.stat().st_mtime_ns and "step" in rows(tmp_path / "run")[-1]
     while len(rounds) < 20:
         begun, target = time.time_ns(), max([int(p.name[5:13]) for p in (tmp_path / "run").glob("step_*")], default=0) + draw(9)
         two = pair(tmp_path / "run", *args)
-        until(lambda: lock.exists() and lock.stat().st_mtime_ns > begun and last(tmp_path / "run") >= target, *two)
+        until(lambda: lock.exists() and log.exists() and trains() and last(tmp_path / "run") >= target, *two)
         time.sleep(draw(100) / 1000)
         victim = draw(2)
         two[victim].kill()

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs
 import kernels
+import train
 from model import Denoiser, count, flops, patchify, unpatchify
 from pretrained import from_released
 
@@ -192,22 +195,35 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once():
     assert counter.frame_count == 1                                             # not one per block
 
 
+@pytest.fixture(params=["alone", "ddp"])
+def wrapped(request, tmp_path):
+    """What a rank's model is wrapped in, with buckets for its gradients that are smaller than a block, as the large recipes' are."""
+    if request.param == "alone":
+        yield lambda model: model
+        return
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield lambda model: DistributedDataParallel(model, bucket_cap_mb=0.02)
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("kind", ["prx", "dit", "mmdit"])
-def test_buckets_and_texts_of_any_length_share_a_few_graphs(kind):
+def test_buckets_and_texts_of_any_length_share_a_few_graphs(kind, wrapped):
     """As train.py compiles on a GPU. With a graph for each shape a run with aspect buckets would compile for an hour, then pass the
     limit and go on without. On CPU only what is captured is compared: the backend runs it as it is."""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
     model, counter, after = Denoiser(replace(SMALL, model=replace(SMALL.model, kind=kind, bottleneck=0))), CompileCounter(), []
+    train.compile_blocks(configs.parse(["--train.compile=yes"]), model, torch.device("cuda"))             # its settings; the backend is ours
     for block in model.blocks:
         block.compile(dynamic=None, backend=counter, fullgraph=True)
+    net = wrapped(model)
     g = torch.Generator().manual_seed(0)
     for k in range(16):
         height, width = [(64, 64), (48, 80), (80, 48), (56, 72)][k % 4]
         length = 8 * (2 + k * 5 % 7)
         mask = torch.arange(length) < torch.randint(8, length + 1, (4, 1), generator=g)                   # (B, L)
         ids = kernels.keep_tokens(4, height * width // 64, 0.5, g)
-        model(torch.randn(4, 3, height, width), torch.rand(4), torch.randn(4, length, 24), mask, ids, kernels.text_slots(mask))[0].sum().backward()
+        net(torch.randn(4, 3, height, width), torch.rand(4), torch.randn(4, length, 24), mask, ids, kernels.text_slots(mask))[0].sum().backward()
         after.append(counter.frame_count)
     assert after[3] == after[-1] <= 6
 
