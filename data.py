@@ -14,7 +14,7 @@ What a run sees is a pure function of its seed and of the position in it: nothin
 
     b micro-batch, L text tokens, H and W pixels, C h w of a latent, N D of a teacher's features, E drawings
 """
-import functools, hashlib, importlib.util, io, itertools, json, math, mmap, os, re, signal, sys, tarfile, unicodedata, warnings, zlib
+import functools, hashlib, importlib.util, io, itertools, json, math, os, re, signal, sys, tarfile, unicodedata, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -592,7 +592,7 @@ def tar_index(path):
     for place in places:
         try:
             if place.stat().st_mtime >= stat.st_mtime:
-                return np.load(place, mmap_mode="r"), ""
+                return np.load(place), ""
         except (OSError, ValueError):                       # there is none, or it is damaged
             pass
     rows, why = scan(path)
@@ -601,7 +601,7 @@ def tar_index(path):
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic(place, os.environ.get("RANK", "0")) as part, open(part, "wb") as file:
                 np.save(file, rows)
-            return np.load(place, mmap_mode="r"), ""
+            return rows, ""
         except OSError:
             pass
     return rows, why
@@ -736,11 +736,12 @@ class Shards:
 
 
 def mapped(path):
-    """-> {name: array} of a safetensors file; nothing is read yet."""
+    """-> {name: array} of a safetensors file; nothing is read yet. Mapped by torch, which keeps no descriptor, as Python's mmap would:
+    there are thousands of shards, and often only 1,024 files may be open."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     array = lambda dtype, shape, start: np.frombuffer(whole, dtype, math.prod(shape), 8 + size + start).reshape(shape)
     return {key: array(DTYPES[x["dtype"]], x["shape"], x["data_offsets"][0]) for key, x in header.items() if key != "__metadata__"}
 

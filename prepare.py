@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import configs, data, pretrained
+import cluster, configs, data, pretrained
 from data import Folder, atomic, caption_crc, damage, digest, edges, fingerprint, reason, sample_crc, streams
 
 BATCH = 64                                                  # samples encoded at once
@@ -93,14 +93,15 @@ def keys(dataset):
 
 def begin(root, about, rank):
     """Go on only with what was begun."""
-    if (root / "prepare.json").is_file():
+    strange = root.exists() and (not root.is_dir() or any(not p.name.startswith("prepare.json") for p in root.iterdir()))
+    if (root / "prepare.json").is_file():                                               # asked last: another rank may begin meanwhile
         was = json.loads((root / "prepare.json").read_text())
         flat = lambda x: {**x, **x["fingerprint"], "fingerprint": None}
         if differ := [f"{key} {flat(was).get(key)} (now {value})" for key, value in flat(about).items() if flat(was).get(key) != value]:
             configs.fail(f"{root} was begun with another " + ", ".join(differ) + ": give another --out or delete it")
+    elif strange:
+        configs.fail(f"--out={root} is not empty: give a new folder")
     else:
-        if root.exists() and (not root.is_dir() or any(p.suffix != ".part" for p in root.iterdir())) and rank == 0:
-            configs.fail(f"--out={root} is not empty: give a new folder")
         root.mkdir(parents=True, exist_ok=True)
         with atomic(root / "prepare.json", rank) as part:
             part.write_text(json.dumps(about, indent=1))
@@ -141,7 +142,7 @@ def eighth(x):
 
 def encoder(c, fp8, root, rank):
     """-> function: images uint8 (b, 3, H, W), captions of each -> what is stored of them. Writes the empty caption's states too."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = cluster.device()
     vae = pretrained.VAE(c, device) if c.latent.vae else None
     teacher = pretrained.teacher(c, device) if c.align.teacher else None
     tokenize, states = (None, None) if c.text.encoder == "bpe" else (pretrained.tokenizer(c), pretrained.text_encoder(c, device))
@@ -268,7 +269,7 @@ class Parquet:
         self.keys = np.array([digest(f"{self.name(i)}") for i in range(int(counts.sum()))], np.uint64)
         self.sizes = None
         if c.data.buckets:
-            sizes = [data.attempt(data.extent, self.open(i)) or (1, 1) for i in tqdm(range(len(self.keys)), desc="measuring images", leave=False)]
+            sizes = [data.attempt(lambda: data.extent(self.open(i))) or (1, 1) for i in tqdm(range(len(self.keys)), desc="measuring images", leave=False)]
             self.sizes = np.array(sizes, np.int32).reshape(-1, 2)                  # what cannot be measured is found bad later
 
     def at(self, i):
@@ -280,20 +281,17 @@ class Parquet:
         file, group, row = self.at(i)
         return f"{file.name}: group {group} row {row}"
 
-    def row(self, i):
-        file, group, row = self.at(i)
-        images, captions = row_group(file, group, os.getpid())
-        return images[row].as_py(), captions[row].as_py()
-
     def texts(self, i):
-        found = self.row(i)[1]
-        found = [" ".join(t.split()) for t in (found if isinstance(found, list) else [found]) if t and t.strip()]
-        if not found:
-            raise ValueError("no caption")
-        return found
+        """Its captions; of a row that has none "": `open` refuses it."""
+        file, group, row = self.at(i)
+        found = row_group(file, group, 1, os.getpid())[row].as_py()
+        return [" ".join(t.split()) for t in (found if isinstance(found, list) else [found]) if t and t.strip()] or [""]
 
     def open(self, i):
-        image = self.row(i)[0]
+        if self.texts(i) == [""]:
+            raise ValueError("no caption")
+        file, group, row = self.at(i)
+        image = row_group(file, group, 0, os.getpid())[row].as_py()
         return io.BytesIO(image["bytes"] if isinstance(image, dict) else image)
 
 
@@ -307,10 +305,10 @@ def columns(schema, file):
     return image, caption
 
 
-@functools.lru_cache(maxsize=2)
-def row_group(path, group, process):
+@functools.lru_cache(maxsize=4)
+def row_group(path, group, which, process):
+    """One column of it, 0: the images, 1: the captions, which are read alone where all of them are wanted."""
     import pyarrow.parquet as parquet
     file = parquet.ParquetFile(path)
-    image, caption = columns(file.schema_arrow, path)
-    table = file.read_row_group(group, columns=[image, caption])
-    return table[image], table[caption]
+    name = columns(file.schema_arrow, path)[which]
+    return file.read_row_group(group, columns=[name])[name]

@@ -322,8 +322,11 @@ class VAE:
     drawn. As many images go through it at a time as have `pixels` in all, which bounds its memory."""
 
     def __init__(self, c, device, weights=True, pixels=2 ** 21):
-        from diffusers import AutoencoderDC, AutoencoderKL
-        from diffusers.utils import logging
+        try:
+            from diffusers import AutoencoderDC, AutoencoderKL
+            from diffusers.utils import logging
+        except ImportError:
+            fail("recipes of latents need a package: pip install diffusers")
         logging.set_verbosity_error()                       # it would recommend packages, and warn of the cast below
         name, flag, self.pixels = c.latent.vae, "--vae", pixels
         if not weights and not os.path.isdir(name) and name != configs.nitro_512.latent.vae:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-import configs, data, pretrained
+import cluster, configs, data, pretrained
 import prepare as writer
+import train as loop
 from test_data import picture, run, tokenize
 from test_pretrained import one_line
 
@@ -226,7 +228,13 @@ def test_other_flags_or_images_do_not_go_on(hub, source, shards, tmp_path):
     one_line(lambda: writer.prepare([*flags, "--fp8"]), "fp8 False (now True)", "another --out")
     one_line(lambda: writer.prepare([*flags, "--model.size=64"]), "model.size 32 (now 64)")
     one_line(lambda: writer.prepare([f.replace(str(source), str(pictures(tmp_path / "few", 9))) for f in flags]), "items 24 (now 9)")
-    one_line(lambda: writer.prepare([f.replace(str(shards), str(source)) for f in flags]), "not empty")
+    for rank in (0, 1):                                                         # each looks for itself: one of them is first
+        before = set(source.iterdir())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", "2")
+            with pytest.raises(SystemExit) as stop:
+                writer.prepare([f.replace(str(shards), str(source)) for f in flags])
+        assert "not empty" in stop.value.message and set(source.iterdir()) == before
     one_line(lambda: writer.prepare([f.replace(f"--source={source}", f"--source={shards}") for f in flags]), "prepared")
     one_line(lambda: writer.prepare([f for f in flags if "out=" not in f]), "--out=<folder>")
     one_line(lambda: writer.prepare([*flags, "--shard=x"]), "--shard wants int")
@@ -395,6 +403,27 @@ def test_prepared_buckets_equal_online(hub, source, tmp_path):
         assert a["caption"] == b["caption"] and b["latent"].shape == want.shape and (b["latent"] - want).abs().max() < 1e-3 * want.abs().max()
         assert torch.cosine_similarity(b["teacher"].float(), teacher(x), dim=-1).min() > 0.9999            # on the bucket's own grid
     assert len({b["latent"].shape for b in run(train, p, 10)}) > 3
+    null = train.null[None], torch.ones(1, len(train.null), dtype=torch.bool)                             # the first eight, of several shapes
+    tokenize, encode = loop.recalled(train, null, 8)
+    for i in (0, 7):
+        ids, mask = tokenize([train.captions[i][0], ""])
+        want = train.item(i, 0)[0]
+        assert torch.equal(encode(ids, mask)[0, :len(want["text"])], want["text"]) and mask.sum(1).tolist() == [want["length"], 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux does")
+def test_shards_and_tars_hold_no_file_open(shards, source, tmp_path):
+    """There may be ten thousand, and only 1,024 files open."""
+    files = sorted(shards.glob("*.safetensors"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in sorted(source.iterdir()):
+            tar.add(path, path.name)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    held = [data.mapped(path) for path in files], [data.tar_index(tmp_path / "a.tar") for _ in range(3)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before and len(files) > 3
+    for path, arrays in zip(files, held[0]):
+        for key, want in load_file(path).items():
+            assert np.array_equal(arrays[key].view(np.uint8), want.view(torch.uint8).numpy())
 
 
 # Turns and mixtures
@@ -582,6 +611,18 @@ def test_parquet(source, tmp_path, capsys):
     prepare("--config=debug", f"--source={tmp_path}", f"--out={tmp_path / 'out'}")
     prepared = data.load(config(f"--data={tmp_path / 'out'}"))
     assert {tuple(t): d.item(i, 0)[0]["image"].numpy().tobytes() for d in prepared for i, t in enumerate(d.captions)} == want
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "row_group", lambda *args, read=writer.row_group: asked.append(args[2]) or read(*args))
+        digest = cluster.digest_of(train)
+    assert set(asked) == {1} and digest                                         # captions are read without the images beside them
+    for mute in (None, "  "):                                                   # a row without a caption is a bad image, found when it is drawn
+        parquet.write_table(arrow.Table.from_pylist([*rows[:3], {**rows[3], "caption": [mute]}, *rows[4:12]]), tmp_path / "0.parquet")
+        train, val = data.load(config(f"--data={tmp_path}", "--data.max_bad=0.1", *extra))
+        assert cluster.digest_of(train) and len(train) + len(val) == 24
+        for d in (train, val):
+            assert all(d.get(i, 0)[1] for i in range(len(d)))
+        assert [*train.bad.late.values()] == ["no caption"]                    # val has the same `bad`
     parquet.write_table(arrow.Table.from_pylist([{"text": "a", "id": 3}]), tmp_path / "2.parquet")
     one_line(lambda: data.load(config(f"--data={tmp_path}")), "max_bad")
     assert "skipped 2.parquet: " in capsys.readouterr().err
@@ -620,7 +661,7 @@ def test_training_on_shards_is_training_on_the_images(hub, source, shards):
             q.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
 
     def parts(c, dataset, tokenize, null, *networks):
-        batch = train.to_device(c, next(data.batches(dataset, tokenize, c)), null, "cpu")
+        batch = train.to_device(c, next(data.batches(dataset, tokenize, c)), null, torch.device("cpu"))
         return train.losses(c, model, batch, null, networks[0], networks[1], torch.Generator().manual_seed(0), networks[2])[1]
     pad = lambda a: torch.nn.functional.pad(a, (0, 0) * (a.ndim - 2) + (0, c.text.length - a.shape[1]))
     (online, _), (stored, _) = data.load(c), data.load(p)

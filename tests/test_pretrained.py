@@ -573,6 +573,9 @@ def test_latents_of_a_kl_autoencoder_are_its_modes_shifted_and_scaled(tmp_path):
             assert (vae.decode(z) - theirs.decode(mode).sample).abs().max() < 1e-5
         assert not vae.model.training and not any(p.requires_grad for p in vae.model.parameters())
         assert pretrained.VAE(c, "cpu", weights=False).encode(x).shape == z.shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "diffusers", None)
+        one_line(lambda: pretrained.VAE(c, "cpu"), "pip install diffusers")
     one_line(lambda: pretrained.VAE(replace(c, latent=configs.Latent(str(tmp_path), 4)), "cpu"), "16 channels, 8 pixels", "--latent.factor=8")
     told = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**told, "_class_name": "AutoencoderTiny"}))
