@@ -81,7 +81,7 @@ def validation_loss(model, c, tokenize, encode, dataset, n, rank=0, world=1, dev
         z = flow.interpolate(x, eps, t)
         out, _ = model(z, t, text, mask)
         loss = flow.loss(c.flow.prediction, unpatchify(out, c.model.patch, *x.shape[2:]), x, eps, t)   # (B,)
-        sums[0].index_add_(0, (u * BINS).long(), loss.double().cpu())
+        sums[0].index_add_(0, (u * BINS).long(), loss.cpu().double())
         sums[1].index_add_(0, (u * BINS).long(), torch.ones(len(items), dtype=torch.float64))
     total, images = summed(sums, device).tolist()
     bins = [a / b if b else None for a, b in zip(total, images)]
@@ -106,9 +106,8 @@ def samples(model, c, tokenize, encode, asked, desc, vae=None):
 # Retrieval
 
 def pixels(images):
-    """uint8 (B, 3, H, W) -> (B, 3 H W) in float64, in which squared distances of bytes are exact: equal pictures tie.
-    Scaled so that they are mean squared differences, of values from 0 to 1."""
-    return images.flatten(1).cpu().double() / (255 * math.sqrt(images[0].numel()))
+    """uint8 (B, 3, H, W) -> (B, 3 H W) in float64, in which squared distances of bytes are exact: equal pictures tie."""
+    return images.flatten(1).cpu().double()
 
 
 def vision(name, c, device):

@@ -31,22 +31,27 @@ def modulate_norm(x, shift, scale, eps=1e-6):
     return (h * (1 + wide(scale)[:, None]) + wide(shift)[:, None]).to(x.dtype)
 
 
+def exact(device):
+    """Where float64 can be computed for a device: on itself, unless it is Apple's, which has none."""
+    return "cpu" if device is not None and torch.device(device).type == "mps" else device
+
+
 def sincos_table(height, width, dim, step=1.0, device=None, dtype=torch.float32):
     """Fixed 2-D positions (N, dim) to add to the tokens: the first half tells the column, the second the row, each [sin, cos]
     (the order of DiT and PixArt). Neighbours are `step` apart. Computed in float64."""
-    omega = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))        # (dim / 4,)
-    rows, cols = torch.meshgrid(*(step * torch.arange(n, dtype=torch.float64, device=device) for n in (height, width)), indexing="ij")
+    omega = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=exact(device)) / (dim // 4))      # (dim / 4,)
+    rows, cols = torch.meshgrid(*(step * torch.arange(n, dtype=torch.float64, device=exact(device)) for n in (height, width)), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]                                       # (N, dim / 4) each
-    return torch.cat([f for a in angles for f in (a.sin(), a.cos())], -1).to(dtype)
+    return torch.cat([f for a in angles for f in (a.sin(), a.cos())], -1).to(device, dtype)
 
 
 def rope_table(height, width, dim, theta=10_000.0, device=None, dtype=torch.float32):
     """Angles of 2-axis RoPE for a grid of tokens, as (N, dim / 2, 2) holding [cos, sin]: the first half of the pairs turns
     with the row, the second with the column. Computed in float64."""
-    omega = theta ** -(torch.arange(0, dim // 2, 2, dtype=torch.float64, device=device) / (dim // 2))     # (dim / 4,)
-    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in (height, width)), indexing="ij")
+    omega = theta ** -(torch.arange(0, dim // 2, 2, dtype=torch.float64, device=exact(device)) / (dim // 2))   # (dim / 4,)
+    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=exact(device)) for n in (height, width)), indexing="ij")
     angle = torch.cat([rows.reshape(-1, 1) * omega, cols.reshape(-1, 1) * omega], -1)                     # (N, dim / 2)
-    return torch.stack([angle.cos(), angle.sin()], -1).to(dtype)
+    return torch.stack([angle.cos(), angle.sin()], -1).to(device, dtype)
 
 
 def rope(x, table):

@@ -154,7 +154,7 @@ def nearest(images, prompts, dataset, folder):
         both = Image.new("RGBA", (2 * sides[0].width + 8, sides[0].height))         # the gap: as the page around it
         both.paste(sides[0], (0, 0)), both.paste(sides[1], (sides[0].width + 8, 0))
         both.save(folder / "nearest" / f"{i:02d}.png")
-        found.append((prompt, dataset.caption(*pair), max(0.0, away[i].item()) ** 0.5))
+        found.append((prompt, dataset.caption(*pair), (away[i].item() / images[0].numel()) ** 0.5 / 255))
     return found
 
 

@@ -7,6 +7,7 @@ Takes the newest checkpoint under runs/. A setting that is not given is that of 
 its seed and the settings (all three are in the PNG's metadata), not on the pictures that are made with it.
 """
 import argparse, contextlib, json, math, re, time
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -225,10 +226,8 @@ def main():
         taken = set()
         for image, caption, seed in zip(images, captions, seeds):
             slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:50] or "image"
-            name = f"{slug}-{seed}.png"
-            while name in taken:                            # two prompts that differ in what a file name cannot hold
-                name = "other-" + name
-            taken.add(name)
+            names = (f"{slug}-{seed}{f'-{k}' * (k > 1)}.png" for k in count(1))          # prompts may differ in what a name cannot hold
+            taken.add(name := next(name for name in names if name not in taken))
             save_png(image, out / name, caption, seed, made)
             print(out / name)
         grid(images, captions, args.n if 1 < args.n <= 12 else None).save(out / "grid.png")

@@ -304,7 +304,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/generate":
             return self.refuse(HTTPStatus.NOT_FOUND)
         length = self.headers.get("Content-Length", "")
-        if not (length.isdecimal() and int(length) <= 2 ** 16):
+        if not (length.isdecimal() and len(length) < 6 and int(length) <= 2 ** 16):
             return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         form = parse_qs(self.rfile.read(int(length)).decode(errors="replace"), keep_blank_values=True)
         self.begin(HTTPStatus.OK, "application/x-ndjson")

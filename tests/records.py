@@ -42,6 +42,8 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     path = out / "records.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if others := [r["options"] for r in rows if r["name"] == name and r["options"] != options]:
+        parser.error(f"the row {name!r} of {path} is of {' '.join(others[0]) or 'no options'}: give this one another --name, or another --out")
     for seed in tqdm(list(map(int, args.seeds.split(","))), desc=name):
         if not any((r["name"], r["seed"]) == (name, seed) for r in rows):
             folder = out / f"{name}_{seed}".replace(" ", "_")

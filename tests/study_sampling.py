@@ -25,7 +25,7 @@ def guides(c):
     cfg = dict(guide="cfg", lo=0.0, hi=1.0)
     found = {"no guidance": cfg | dict(guidance=1.0), f"CFG {g:g}": cfg | dict(guidance=g), f"CFG {2 * g:g}": cfg | dict(guidance=2 * g),
              f"CFG {2 * g:g}, t from 0.3 to 0.9": cfg | dict(guidance=2 * g, lo=0.3, hi=0.9)}
-    return found | ({f"self {g:g}": cfg | dict(guidance=g, guide="self")} if c.model.route else {})
+    return found | ({f"self {g:g}": cfg | dict(guidance=g, guide="self")} if c.model.route and c.model.route.end is not None else {})
 
 
 def draw(rows, path):

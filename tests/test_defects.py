@@ -60,7 +60,7 @@ def test_1_metrics_see_pictures_as_they_are_not_their_negatives(value, vit, monk
     seen = seen_by(made[0])
     feature(torch.full((2, 3, 32, 32), value, dtype=torch.uint8))
     assert (shares(seen[0]) - value / 255).abs().max() < 1e-5
-    assert evaluate.pixels(torch.full((1, 3, 4, 4), value, dtype=torch.uint8)).norm() == pytest.approx(value / 255)
+    assert evaluate.pixels(torch.full((1, 3, 4, 4), value, dtype=torch.uint8)).unique().tolist() == [value]
 
 
 def test_2_no_noise_of_the_validation_is_used_twice_on_any_rank(monkeypatch):

@@ -93,12 +93,12 @@ def test_validation_loss_of_two_processes(tiny, emoji, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------
 # Retrieval
 
-def test_distance_is_the_mean_squared_difference(emoji):
+def test_distance_is_the_sum_of_squared_differences(emoji):
     train, gallery = emoji[0], emoji[0].pairs[:9]
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     got = evaluate.distances(images, train, gallery, evaluate.pixels, chunk=4)
-    want = [[((a.double() - b) / 255).square().mean() for b in renderings(train, gallery)] for a in images]
-    assert torch.allclose(got, torch.tensor(want), rtol=1e-10)
+    want = [[(a.double() - b).square().sum() for b in renderings(train, gallery)] for a in images]
+    assert torch.equal(got, torch.tensor(want))                                         # exact: pictures that are the same tie
 
 
 def test_rank_counts_the_groups_that_are_nearer():
@@ -128,6 +128,17 @@ def test_planted_pictures(emoji):
         others = [(e, (b + 1) % len(train.colors)) for e, b in pairs]
         found = evaluate.score(renderings(train, others), pairs, train, gallery, evaluate.pixels)
         assert found["emoji top-1"] == 1 and found["background"] == found["both top-1"] == 0
+
+
+def test_drawings_that_are_the_same_count_as_each_other():
+    train = data.load(configs.parse(["--config=debug", "--data.subset=all"]))[0]
+    first, twins = {}, []
+    for e in range(len(train.names)):
+        twins += [(first.setdefault(train.render(e, 0).tobytes(), e), e)]
+    twins = [pair for pair in twins if pair[0] != pair[1]]
+    gallery = [(e, b) for pair in twins for e in pair for b in (0, 1)]
+    found = evaluate.score(renderings(train, gallery), gallery, train, sorted(set(gallery)), evaluate.pixels)
+    assert len(twins) > 5 and found["emoji top-1"] == found["both top-1"] == found["background"] == 1
 
 
 def test_features_of_a_vision_model(emoji, tmp_path):

@@ -60,7 +60,7 @@ def small(command):
         given.append("--minutes=0.05")
     if words[script] == "train.py" and not {"--help", "--plan"} & set(given):
         small = [w for w in SMALL if "--config=nitro_debug" not in given or not w.startswith(("--model.size", "--model.patch"))]
-        given = small + [w.replace("micro_batch=48", "micro_batch=8") for w in given]
+        given = small + [w.replace("micro_batch=48", "micro_batch=4") for w in given]
     if words[script] in ("sample.py", "evaluate.py"):
         given = [w for w in given if not w.startswith("--steps")] + ["--steps=2"]
     if words[script] == "evaluate.py":
@@ -79,7 +79,7 @@ SLOW = ("python tests/records.py", *(() if os.environ.get("NANOT2I_LONG") else (
 
 @pytest.mark.parametrize("command", [c.split("&& ")[-1] for c in COMMANDS if "pytest" not in c and "bench" not in c and c not in (*LARGE, *SLOW)])
 def test_command(place, command):
-    done = subprocess.run(small(command), cwd=place, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(small(command), cwd=place, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-2000:] + done.stderr[-3000:]
 
 
@@ -96,7 +96,7 @@ def test_config_names_and_files_of_the_readme_exist():
 def test_import_and_help_are_quick():
     for words in (["-c", "import train"], ["train.py", "--help"]):
         best = min(seconds([sys.executable, *words]) for _ in range(2))
-        assert best < 5, f"{words}: {best:.1f} s"                               # 3 s on a quiet machine
+        assert best < 5, f"{words}: {best:.1f} s"                               # 1.6 s under some load
 
 
 def seconds(command):

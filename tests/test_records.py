@@ -50,3 +50,5 @@ def test_records_run_every_seed_once(tmp_path):
     assert json.loads((tmp_path / "a_try_0/log.jsonl").read_text().splitlines()[0])["config"]["model"]["depth"] == 3
     assert run(*command).splitlines()[-1] == row                                # nothing is run again
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
+    other = subprocess.run([sys.executable, *command, "--optim.name=adamw"], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 2 and "give this one another --name" in other.stderr           # nor taken for a run of something else
