@@ -118,13 +118,15 @@ class Optim:
     ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
     ns_dtype: str = "bf16"          # of Newton-Schulz's products, and of updates that replicas send each other; "fp32": slower, to compare ranks
     modulation: str = "muon"        # what trains the adaLN matrices of the blocks: "muon" (as PRX) or "adamw" (a cheaper step)
-    split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one
-    decay: float = 0.0              # decoupled weight decay
+    split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one; PRX: but for the MLP's, whole
+    decay: float = 0.0              # decoupled weight decay, of matrices
+    decay_all: bool = False         # of biases, norms and constants too, as AMD
     warmup: int = 10_000            # images of linear warm-up
     cooldown: float = 0.0           # last share of the run in which the rate falls linearly to zero
     clip: float = 1.0               # largest global gradient norm; 0 = no clipping
     ema: float = 0.999              # decay of the weights' moving average at an update; 0 = off
     ema_every: int = 1              # steps between updates of it
+    ema_ramp: bool = True           # it follows faster at first: after n updates (1 + n) / (10 + n), if that is less; no: as PRX and AMD
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,8 @@ prx_512 = Config(
     # torchrun --nproc_per_node=8 train.py --config=prx_512 --data=path/to/images
     # Photoroom's 24-hour run, first stage: 32 H200. Not run by us.
     name="prx_512",
-    data=Data(source="images", workers=8),
-    text=Text(encoder="google/t5gemma-2b-2b-ul2", length=256, dim=2304),
+    data=Data(source="images", buckets=True, workers=8),        # cut to the nearest shape, where theirs stretches; Lanczos, theirs bilinear
+    text=Text(encoder="google/t5gemma-2b-2b-ul2", length=256, dim=2304),       # captions as they are: theirs are lower-cased, without punctuation
     model=Model(size=512, patch=32, width=1792, depth=16, heads=28, bottleneck=256,
                 route=Route(1, 14, 0.5)),       # the blog: second to penultimate block; the shipped yaml, --model.route=2,12,0.5, has more FLOPs
     flow=Flow(),                                # noise 1: the default of their code; the blog is silent, their later 7B model has --flow.noise=2
@@ -248,9 +250,9 @@ prx_512 = Config(
     align=Align(teacher="facebook/dinov3-vitl16-pretrain-lvd1689m", block=7, hidden=1024),
     # LPIPS at half scale in both stages, as their yaml (--perceptual.lpips_scale); DINO keeps the aspect ratio, which theirs squashes.
     perceptual=Perceptual(lpips="timm/vgg16.tv_in1k", dino="facebook/dinov2-with-registers-base"),
-    optim=Optim(lr=1e-4, adam_lr=1e-4, warmup=1_024_000, clip=0.2, ema=0.999, ema_every=10),
+    optim=Optim(lr=1e-4, adam_lr=1e-4, warmup=1_024_000, clip=0.2, ema=0.999, ema_every=10, ema_ramp=False),
     train=Train(images=102_400_000, batch=1024, micro_batch=32, eval_every=1_024_000, save_every=1_024_000, keep_every=10_240_000, val_images=1024),
-    sample=Sample(steps=50, guidance=3.5),
+    sample=Sample(steps=50, guidance=3.5, guide="self"),        # the blog: dense against routed, in the place of CFG
 )
 
 prx_1024 = replace(
@@ -274,9 +276,9 @@ nitro_512 = Config(
                 route=Route(3, None, 0.5)),     # three mixer blocks, 0 to 2, as AMD's code has it; the blog says two
     flow=Flow(prediction="v", shift=1.0, uniform=0.0),
     align=Align(teacher="facebook/dinov2-base", block=8, size=224, hidden=2048),
-    optim=Optim(name="adamw", adam_lr=3e-4, beta2=0.999, eps=1e-10, decay=0.03, warmup=1_024_000, clip=0.5, ema=0.9999),     # AMD: no EMA here
+    optim=Optim(name="adamw", adam_lr=3e-4, beta2=0.999, eps=1e-10, decay=0.03, decay_all=True, warmup=1_024_000, clip=0.5, ema=0.9999),   # AMD: no EMA here
     train=Train(images=204_800_000, batch=2048, micro_batch=64, eval_every=2_048_000, save_every=2_048_000, keep_every=20_480_000, val_images=1024),
-    sample=Sample(steps=20, guidance=4.0),
+    sample=Sample(steps=20, guidance=4.0),      # 20 even steps in t, then shifted; diffusers' scheduler, AMD's, makes 19 to t = 0.001 and a tiny one
 )
 
 nitro_1024 = replace(
@@ -294,7 +296,7 @@ nitro_1024_ft = replace(
     data=replace(nitro_512.data, source="shards/nitro_1024"),
     model=replace(nitro_1024.model, size=1024), flow=replace(nitro_512.flow, shift=3.0), align=Align(),
     # AMD's yaml says lr 8e-5, decay 0.1, eps 1e-8 under a key that its code never reads: as shipped, this stage ran at 3e-4, 0.03, 1e-10.
-    optim=replace(nitro_512.optim, adam_lr=8e-5, decay=0.1, eps=1e-8, ema=0.99975),
+    optim=replace(nitro_512.optim, adam_lr=8e-5, decay=0.1, eps=1e-8, ema=0.99975, ema_ramp=False),
     train=replace(nitro_512.train, images=40_960_000, micro_batch=64),
     sample=replace(nitro_512.sample, guidance=4.5),
 )

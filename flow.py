@@ -16,7 +16,8 @@ T_LOW = 1e-3        # training never draws less
 
 
 def draw_t(n, shift, uniform, generator):
-    """Noise levels to train at, (n,) fp32 in [T_LOW, 1): logit-normal, shifted; a share `uniform` uniform and not shifted.
+    """Noise levels to train at, (n,) fp32 in [T_LOW, 1): logit-normal, shifted; a share `uniform` uniform and not shifted. (AMD's have
+    a thousand levels.)
 
     Always three draws of n numbers, whatever they are: no loop, no host sync. What falls outside is clamped, not drawn
     again; a logit-normal t does once in 10^11 draws or less."""

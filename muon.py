@@ -216,7 +216,7 @@ def build(model, o, mesh=None):
         inside = o.name == "muon" and p.ndim == 2 and "blocks" in path and not (o.modulation == "adamw" and path[-2].endswith("modulation"))
         (matrices if inside else tables if p.ndim > 1 else rest).append(p)
     groups = [dict(params=matrices, kind="muon", base_lr=o.lr, decay=o.decay), dict(params=tables, kind="adamw", base_lr=o.adam_lr, decay=o.decay),
-              dict(params=rest, kind="adamw", base_lr=o.adam_lr, decay=0.0)]
+              dict(params=rest, kind="adamw", base_lr=o.adam_lr, decay=o.decay * o.decay_all)]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters()}), "every parameter is in exactly one group"
     ns_dtype = torch.float32 if o.ns_dtype == "fp32" else torch.bfloat16

@@ -842,7 +842,7 @@ def released(path):
         size=told["sample_size"] * latent.factor if "sample_size" in told else whole.get("default_sample_size") or base.model.size)
     text = replace(base.text, dim=state["txt_in.0.weight" if kind == "dit" else "txt_in.weight"].shape[1], pad=kind == "mmdit")
     return replace(base, name=f"{kind}_released", init="", model=model, text=text, latent=latent, flow=replace(base.flow, prediction=prediction),
-                   align=configs.Align(), perceptual=configs.Perceptual()), state
+                   align=configs.Align(), perceptual=configs.Perceptual(), sample=replace(base.sample, guide="cfg")), state
 
 
 def export(path, out, which="ema"):

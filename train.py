@@ -210,7 +210,9 @@ class Log:
             old = [line for line in whole if json.loads(line).get("step", 0) <= step]
             self.minutes = max((json.loads(line).get("minutes", 0.0) for line in old), default=0.0)
             new = json.dumps({"resumed": step, **provenance(device)} if old else {**provenance(device), "config": asdict(c)})
-            self.path.write_text("\n".join([*old, new]) + "\n")
+            part = self.path.with_name("log.jsonl.part")
+            part.write_text("\n".join([*old, new]) + "\n")
+            part.replace(self.path)                                                                       # a kill now loses no line
         self.remote = None
         try:
             if rank == 0 and c.wandb:
@@ -366,9 +368,9 @@ def to_device(c, batch, null, device):
 
 
 def update_ema(c, model, ema, step):
-    """ema <- decay ema + (1 - decay) weights, ramped up: the first thousand updates are not an average with the initialisation."""
+    """ema <- decay ema + (1 - decay) weights; ramped up, so that a short run's is no average with the initialisation."""
     updates = step // c.optim.ema_every
-    decay = min(c.optim.ema, (1 + updates) / (10 + updates))
+    decay = min(c.optim.ema, (1 + updates) / (10 + updates)) if c.optim.ema_ramp else c.optim.ema
     live = dict(model.named_parameters())
     with torch.no_grad():
         torch._foreach_lerp_([muon.local(p) for p in ema.parameters()], [muon.local(live[name]) for name, _ in ema.named_parameters()], 1 - decay)

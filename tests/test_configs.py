@@ -197,9 +197,40 @@ def test_help_is_quick_and_prints_every_field_with_comment_and_default():
         assert name in done.stdout
 
 
-def test_train_is_imported_quickly():
-    """Three seconds, doubled for a busy machine; transformers and diffusers alone would take longer."""
-    begin = time.perf_counter()
+def test_train_imports_nothing_heavy():
+    """Transformers and diffusers alone would take longer than all else."""
     code = "import sys, train; sys.exit(bool({'transformers', 'diffusers', 'onnx', 'wandb', 'tensorboard'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and time.perf_counter() - begin < 6
+    assert done.returncode == 0
+
+
+K = 1000
+PUBLISHED = {                                                # what was published or shipped, by ours' names; images are steps x batch
+    "prx_512": {
+        "model": dict(size=512, patch=32, width=1792, depth=16, heads=28, mlp_ratio=3.5, bottleneck=256, absolute=False, zero=True),
+        "flow": dict(prediction="x", shift=3.0, uniform=0.1, noise=1.0), "text": dict(encoder="google/t5gemma-2b-2b-ul2", length=256, drop=0.1),
+        "align": dict(teacher="facebook/dinov3-vitl16-pretrain-lvd1689m", block=7, weight=0.5, hidden=1024, until=0, conv=False, norm=0.0),
+        "perceptual": dict(lpips_weight=0.1, lpips_scale=0.5, dino="facebook/dinov2-with-registers-base", dino_weight=0.01, dino_size=224),
+        "optim": dict(name="muon", lr=1e-4, adam_lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, momentum=0.95, ns="quintic", scale="rms", modulation="muon",
+                      decay=0.0, warmup=K * 1024, cooldown=0.0, clip=0.2, ema=0.999, ema_every=10, ema_ramp=False),
+        "train": dict(images=100 * K * 1024, batch=1024), "data": dict(buckets=True), "sample": dict(steps=50, guidance=3.5, guide="self", sampler="euler")},
+    "prx_1024": {"model": dict(size=1024, route=configs.Route(1, 14, 0.5)), "align": dict(teacher=""), "train": dict(images=20 * K * 512, batch=512),
+                 "optim": dict(warmup=K * 512, ema=0.999, ema_every=10, ema_ramp=False), "perceptual": dict(lpips_scale=0.5)},
+    "nitro_512": {
+        "model": dict(kind="dit", size=512, channels=32, patch=1, width=1152, depth=28, heads=16, mlp_ratio=4.0, route=configs.Route(3, None, 0.5)),
+        "latent": dict(vae="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", factor=32), "flow": dict(prediction="v", shift=1.0, uniform=0.0, noise=1.0),
+        "text": dict(encoder="meta-llama/Llama-3.2-1B", length=256, drop=0.1),
+        "align": dict(teacher="facebook/dinov2-base", block=8, weight=0.5, size=224, hidden=2048),
+        "optim": dict(name="adamw", adam_lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-10, decay=0.03, decay_all=True, warmup=500 * 2048, cooldown=0.0, clip=0.5),
+        "train": dict(images=100 * K * 2048, batch=2048), "sample": dict(steps=20, guidance=4.0, sampler="euler"), "perceptual": dict(lpips="", dino="")},
+    "nitro_1024": {"model": dict(kind="mmdit", size=512, depth=24, heads=18, dual=13, route=configs.Route(3, None, 0.5)), "flow": dict(shift=1.0)},
+    "nitro_1024_ft": {"model": dict(kind="mmdit", size=1024, span=16.0), "flow": dict(shift=3.0), "align": dict(teacher=""),
+                      "optim": dict(adam_lr=8e-5, decay=0.1, decay_all=True, eps=1e-8, ema=0.99975, ema_every=1, ema_ramp=False),
+                      "train": dict(images=20 * K * 2048, batch=2048), "sample": dict(guidance=4.5)},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_are_the_published_ones(name):
+    found = {room: {key: getattr(getattr(configs.recipes[name], room), key) for key in fields} for room, fields in PUBLISHED[name].items()}
+    assert found == PUBLISHED[name]

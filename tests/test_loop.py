@@ -392,9 +392,9 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
         assert abs(row["lr"] - want) < 1e-8
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_the_average_of_the_weights_follows_its_formula(every):
-    c = configs.parse([*TINY, "--optim.ema=0.7", f"--optim.ema_every={every}"])
+@pytest.mark.parametrize("every, ramp", [(1, True), (3, True), (3, False)])
+def test_the_average_of_the_weights_follows_its_formula(every, ramp):
+    c = configs.parse([*TINY, "--optim.ema=0.7", f"--optim.ema_every={every}", f"--optim.ema_ramp={ramp}"])
     model = Denoiser(c, 8)                                                                                     # with a REPA head
     ema = Denoiser(c)
     ema.load_state_dict(model.state_dict(), strict=False)
@@ -405,7 +405,7 @@ def test_the_average_of_the_weights_follows_its_formula(every):
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=g))
         train.update_ema(c, model, ema, step)
-        decay = min(0.7, (1 + step / every) / (10 + step / every))
+        decay = min(0.7, (1 + step / every) / (10 + step / every)) if ramp else 0.7
         live = dict(model.named_parameters())
         want = {n: decay * w + (1 - decay) * live[n].detach().double() for n, w in want.items()}
     assert not any(n.startswith("align") for n in want)

@@ -174,6 +174,7 @@ def test_groups_of_the_model():
     inside = {names[id(p)] for p in opt.param_groups[0]["params"]}
     assert inside == {n for n, p in model.named_parameters() if p.ndim == 2 and (n.startswith("blocks.") or n.startswith("text.blocks."))}
     assert all(p.ndim < 2 for g in opt.param_groups if g["decay"] == 0 for p in g["params"])
+    assert all(g["decay"] == 0.1 for g in muon.build(model, configs.Optim(decay=0.1, decay_all=True)).param_groups)
     assert [g["kind"] for g in muon.build(model, configs.Optim(name="adamw")).param_groups] == ["adamw", "adamw"]
     with torch.device("meta"):
         prx = Denoiser(configs.prx_512, align_dim=1024)

@@ -539,7 +539,7 @@ def test_a_released_latent_prx_draws_the_same_picture_as_diffusers_pipeline(t5, 
         transformers.AutoTokenizer.from_pretrained(t5), flux_like(diffusers), default_sample_size=64)
     pipeline.save_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(pipeline.text_preprocessor, "clean_text", lambda text: text)                # wants ftfy, mends mojibake
+    monkeypatch.setattr(pipeline.text_preprocessor, "clean_text", lambda text: text)                # wants ftfy; theirs lower-cases, too
     model, c, tokenize, encode = pretrained.load(tmp_path, elsewhere={"text.encoder": str(t5)})
     assert c.latent == configs.Latent(str(tmp_path / "vae"), 8) and c.flow.prediction == "v" and c.side == 4 and configs.check(c) is c
     c = replace(c, sample=configs.Sample(steps=6, guidance=3.0, sampler="euler"))

@@ -96,11 +96,12 @@ def test_config_names_and_files_of_the_readme_exist():
 def test_import_and_help_are_quick():
     for words in (["-c", "import train"], ["train.py", "--help"]):
         best = min(seconds([sys.executable, *words]) for _ in range(2))
-        assert best < 5, f"{words}: {best:.1f} s"                               # 1.6 s under some load
+        assert best < 6, f"{words}: {best:.1f} s"
 
 
 def seconds(command):
-    import time
-    begin = time.perf_counter()
+    """The processor's, of this one: a busy machine costs none."""
+    before = os.times()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return time.perf_counter() - begin
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
