@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,10 +182,9 @@ def test_the_first_mistake_reaches_the_terminal_as_one_line(tmp_path):
 
 # Help
 
-def test_help_is_quick_and_prints_every_field_with_comment_and_default():
-    begin = time.perf_counter()
+def test_help_prints_every_field_with_comment_and_default():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert time.perf_counter() - begin < 3 and done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr == ""
     lines = {m[1]: m for line in done.stdout.splitlines() if (m := re.match(r"  --([\w.]+)=(.*?)(?:  +(.*))?$", line))}
     assert set(lines) == set(leaves())
     for key in leaves():
