@@ -74,7 +74,7 @@ def test_a_step_never_waits_for_the_device(kind, compiled):
     model, ema, optimizer = train.build(c, GPU, 0)
     train.compile_blocks(c, model, GPU)
     null = tuple(a.to(GPU) for a in nothing(c))
-    host = {k: v.pin_memory() for k, v in batch_of(c).items()}
+    host = batch_of(c)
     generator, late = torch.Generator(GPU).manual_seed(0), train.Late(1)
     once = lambda number: step(c, model, ema, optimizer, train.to_device(c, dict(host), null, GPU), null, generator, number)
     for number in range(3):
