@@ -147,7 +147,11 @@ def agree(world, facts):
 
 
 def digest_of(dataset):
-    """Of the number of items and of some ten thousand captions."""
+    """Of the number of items and of some ten thousand captions; of prepared shards their own sums, whatever of them cannot be read now."""
+    if hasattr(dataset, "parts"):
+        return hashlib.sha256("".join(map(digest_of, dataset.parts)).encode()).hexdigest()[:16]
+    if hasattr(dataset, "sums"):
+        return dataset.sums[:16]
     some = [dataset.captions[i] for i in range(0, len(dataset.captions), 1 + len(dataset.captions) // 10_000)]
     return hashlib.sha256(repr((len(dataset), some)).encode()).hexdigest()[:16]
 
@@ -349,7 +353,7 @@ def write(folder, step, c, bpe, index, files, mine, rank=0, world=1, group=None)
 def prune(folder, newest, c):
     for torn in folder.glob("step_*.tmp"):
         shutil.rmtree(torn)
-    keep = lambda path: c.train.keep_every and int(path.name[5:]) * c.train.batch % c.train.keep_every < c.train.batch
+    keep = lambda path: c.train.keep_every and int(path.name[5:]) * c.train.batch % c.train.keep_every < max(c.train.batch, c.train.save_every)
     for old in sorted(p for p in folder.glob("step_*") if p.name <= newest.name)[:-2]:                     # later ones are damaged
         if not keep(old):
             shutil.rmtree(old)
@@ -358,9 +362,9 @@ def prune(folder, newest, c):
 class Saver:
     """Checkpoints while the training goes on: it waits for a copy of this rank's part to memory, the rest is a thread's."""
 
-    def __init__(self, folder, c, bpe, index, rank, world):
+    def __init__(self, folder, c, bpe, index, rank, world, group, watch):
         self.folder, self.c, self.bpe, self.index, self.ranks, self.thread, self.failed, self.memory = folder, c, bpe, index, (rank, world), None, "", None
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if world > 1 else None    # its own: it talks while we do
+        self.group, self.watch = group, watch                                                             # not the default group: it talks while we do
 
     def save(self, step, model, ema, optimizer, log):
         self.wait()
@@ -379,13 +383,15 @@ class Saver:
         self.thread.start()
 
     def wait(self):
-        if self.thread:
-            self.thread.join()
+        """For the one before, however slow the disk is: it has the timeout of its own group."""
+        while self.thread and self.thread.is_alive():
+            self.watch.since = time.monotonic()
+            self.thread.join(min(1, self.watch.timeout / 4))
 
-    def last(self, watch):
+    def last(self):
         self.wait()
         if self.failed:
-            watch.over.set()
+            self.watch.over.set()
             fail(self.failed)
 
 

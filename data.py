@@ -325,20 +325,24 @@ class Bad(dict):
         self.source, self.max_bad = c.data.source, c.data.max_bad
         self.total = self.unnamed = 0                       # items in all; lost items in excess of one a name
         self.late = {}                                      # found since somebody last looked
+        self.seen = self.met = 0                            # items that this run's batches asked for, and those of them that were bad
 
-    def note(self, found=None, what="images"):
-        """Count, name, and stop if they are too many."""
+    def note(self, found=None, what="images", seen=0):
+        """Count, name, and stop if they are too many: of all, or, as one of many ranks sees few of all, of those `seen` in batches."""
         found, self.late = found or self.late, {}
         new, before = {k: v for k, v in found.items() if k not in self}, len(self)
         self.update(new)
         for name in list(new)[:max(0, 20 - before)]:
             tqdm.write(f"skipped {name}: {new[name]}", file=sys.stderr)
-        lost = len(self) + self.unnamed
+        lost, total = len(self) + self.unnamed, self.total
         if new and len(self) > 20:
-            tqdm.write(f"skipped {lost} of {self.total} {what} so far", file=sys.stderr)
-        if lost > self.max_bad * self.total:
-            message = (f"{lost} of {self.total} {what} in {self.source} cannot be used; "
-                       f"--data.max_bad={math.ceil(100 * lost / self.total) / 100:g} would go on without them")
+            tqdm.write(f"skipped {lost} of {total} {what} so far", file=sys.stderr)
+        self.seen, self.met = self.seen + seen, self.met + len(new) * bool(seen)
+        if self.met > self.max_bad * max(self.seen, 1000):
+            lost, total = self.met, self.seen
+        if lost > self.max_bad * total:
+            message = (f"{lost} of {total} {what} in {self.source} cannot be used; "
+                       f"--data.max_bad={math.ceil(100 * lost / total) / 100:g} would go on without them")
             if os.environ.get("RANK", "0") != "0":          # others need not have found it
                 tqdm.write(message, file=sys.stderr)
             configs.fail(message)
@@ -508,7 +512,7 @@ class Tars:
     def __init__(self, files, c, bad):
         begin = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))     # each rank indexes others first
         order = tqdm([*files[begin:], *files[:begin]], desc="indexing tars", leave=False, disable=len(files) < 10)
-        tables, self.files, self.rows = {file: tar_index(file) for file in order}, [], []
+        tables, self.files, self.rows = {file: kept(file, "index", scan) for file in order}, [], []
         for file in files:
             rows, why = tables[file]
             bad.total += max(1, len(rows))
@@ -554,8 +558,9 @@ def texts(blob, is_json):
 
 @functools.lru_cache(maxsize=64)
 def handle(path, process):
-    """An open file of this process: loader processes that were forked must not share a position in it."""
-    return open(path, "rb")
+    """An open file of this process: loader processes that were forked must not share a position in it. Python's buffer is of the file
+    system's block, on NFS and Lustre 1 to 4 MiB: without it a read fetches what it is for."""
+    return open(path, "rb", buffering=0)
 
 
 def piece(path, offset, size):
@@ -584,18 +589,18 @@ def atomic(path, writer=""):
         os.fsync(fd), os.close(fd)
 
 
-def tar_index(path):
-    """-> (ROWs of the tar's images, what is wrong with the tar). Kept beside the tar, or in the user's cache where that cannot be written."""
+def kept(path, kind, make):
+    """make(path), -> (an array, what is wrong with the file): kept beside the file, or in the user's cache where that cannot be written."""
     stat = path.stat()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nanot2i" / f"{digest(path.resolve()):016x}"
-    places = [home / f"{path.name}.{stat.st_size}.index.npy" for home in (path.parent, cache)]
+    places = [home / f"{path.name}.{stat.st_size}.{kind}.npy" for home in (path.parent, cache)]
     for place in places:
         try:
             if place.stat().st_mtime >= stat.st_mtime:
                 return np.load(place), ""
         except (OSError, ValueError):                       # there is none, or it is damaged
             pass
-    rows, why = scan(path)
+    rows, why = make(path)
     for place in places if not why else ():
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -608,7 +613,7 @@ def tar_index(path):
 
 
 def scan(path):
-    """Reads the tar's headers once. Rows of width 0, the last, cannot be used."""
+    """-> (ROWs of the tar's images, what is wrong with the tar): reads its headers once. Rows of width 0, the last, cannot be used."""
     images, captions, rows, why = {}, {}, [], ""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -681,15 +686,15 @@ def decode(path, size):
 # (n, N, D), `first` (n + 1) into its captions; per caption `length`, and `token` and `letter` into `text` (all tokens, D) and `caption`
 # (UTF-8), each at its real length; checksums `crc` and `text_crc`. float8 has its scale per token in `*_scale`.
 
-VERSION, EDGE = 1, 2 ** 16                                  # of the format; bytes checked at either end when shards are loaded
+VERSION, EDGE, MAPPED = 1, 2 ** 16, 64                      # of the format; bytes checked at either end when shards are loaded; shards open
 DTYPES = {"F16": np.float16, "BF16": np.int16, "F8_E4M3": np.uint8, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 
 
 class Shards:
     """What `prepare` wrote. Every sample is checked when it is read: a flipped bit is skipped and counted, as a broken image is."""
 
-    def __init__(self, root, shards, c, null, features, bad):
-        self.root, self.shards, self.null, self.features, self.bad, self.open = root, shards, null, features, bad, {}
+    def __init__(self, root, shards, sums, c, null, features, bad):
+        self.root, self.shards, self.sums, self.null, self.features, self.bad, self.open = root, shards, sums, null, features, bad, {}
         self.length, self.pad = c.text.length, c.text.pad
         self.ends = np.cumsum([shard["count"] for shard in shards])
         counts = {}
@@ -703,15 +708,22 @@ class Shards:
         return int(self.ends[-1])
 
     def at(self, i):
-        """-> its shard's tensors, as arrays, and its place in there."""
+        """-> its shard's tensors, as arrays, and its place in there. A few shards stay mapped: each page read costs the process page
+        tables until its file is unmapped, over a long run gigabytes."""
+        name, j = self.where(i)
+        if name not in self.open:
+            if len(self.open) >= MAPPED:
+                self.open.pop(next(iter(self.open)))
+            self.open[name] = mapped(self.root / (name + ".safetensors"))
+        return self.open[name], j
+
+    def where(self, i):
         k = int(np.searchsorted(self.ends, i, "right"))
-        if k not in self.open:
-            self.open[k] = mapped(self.root / (self.shards[k]["name"] + ".safetensors"))
-        return self.open[k], int(i - self.ends[k] + self.shards[k]["count"])
+        shard = self.shards[k]
+        return shard["name"], int(i - self.ends[k] + shard["count"]) % shard.get("of", shard["count"])
 
     def name(self, i):
-        k = int(np.searchsorted(self.ends, i, "right"))
-        return f"{self.shards[k]['name']}: sample {i - self.ends[k] + self.shards[k]['count']}"
+        return "{}: sample {}".format(*self.where(i))
 
     def texts(self, i):
         s, j = self.at(i)
@@ -737,8 +749,8 @@ class Shards:
 
 def mapped(path):
     """-> {name: array} of a safetensors file; nothing is read yet. Mapped by torch, which keeps no descriptor, as Python's mmap would:
-    there are thousands of shards, and often only 1,024 files may be open."""
-    with open(path, "rb") as file:
+    many are open, and often only 1,024 files may be."""
+    with open(path, "rb", buffering=0) as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
@@ -774,7 +786,7 @@ def checksum(*arrays):
 
 def edges(path):
     """A checksum of both ends, where the header is and where a truncated file differs: cheap for thousands of shards."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         head = file.read(EDGE)
         file.seek(-min(EDGE, path.stat().st_size), os.SEEK_END)
         return zlib.crc32(file.read(), zlib.crc32(head))
@@ -806,19 +818,29 @@ def prepared(root, c, bad):
     differ = [key for key in now if was[key] != now[key]]
     if wrong := [f"--{key}={was[key]} (now {now[key]})" for key in differ if matters(key, c, was)]:
         configs.fail(f"{root} was prepared with {', '.join(wrong)}: give those, or prepare it again with what you want")
-    whole = []
-    for shard in (shard for shard in shards if shard["count"]):
+    shards, damaged = [shard for shard in shards if shard["count"]], set()
+    for shard in shards:
         bad.total += shard["count"]
         if why := damage(root, shard):
             bad.late[shard["name"]], bad.unnamed = why, bad.unnamed + shard["count"] - 1
-        else:
-            whole.append(shard)
+            damaged.add(shard["name"])
     bad.note(what="samples")
-    train, val = ([shard for shard in whole if shard["split"] == split] for split in ("train", "val"))
-    if not train:
+    train, val = ([shard for shard in shards if shard["split"] == split] for split in ("train", "val"))
+    sums = hashlib.sha256(repr([(shard["name"], shard["count"], shard["sha256"]) for shard in train]).encode()).hexdigest()
+    if not (train := instead(train, damaged)):
         configs.fail(f"{root} has no sound shard to train on")
     features = bool(c.align.teacher) and not any(key == "model.patch" or key.startswith("align.") for key in differ)
-    return tuple(Shards(root, side, c, null, features, bad) for side in (train, val or train))
+    return tuple(Shards(root, side, sums, c, null, features, bad) for side in (train, instead(val, damaged) or train))
+
+
+def instead(shards, damaged):
+    """In the place of a damaged shard the next sound one of its shape, so that all others keep their places and a run goes on."""
+    out = []
+    for k, shard in enumerate(shards):
+        sound = (s for s in [*shards[k:], *shards[:k]] if s["shape"] == shard["shape"] and s["name"] not in damaged)
+        if other := next(sound, None):
+            out.append({**shard, "name": other["name"], "of": other["count"]})
+    return out
 
 
 def fingerprint(c):
@@ -930,8 +952,9 @@ class AtPositions(torch.utils.data.Dataset):
 
 
 def finish(batch, dataset, tokenize):
-    if bad := batch.pop("bad"):
-        dataset.bad.note(bad)
+    bad = batch.pop("bad")
+    if hasattr(dataset, "bad"):
+        dataset.bad.note(bad, seen=len(batch["caption"]))
     if "text" not in batch:
         batch["ids"], batch["mask"] = tokenize(batch["caption"])
     return batch

@@ -31,6 +31,7 @@ import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass, replace
+from datetime import timedelta
 from functools import reduce
 from pathlib import Path
 
@@ -217,7 +218,10 @@ class Log:
         try:
             if rank == 0 and c.wandb:
                 import wandb
-                self.remote = wandb.init(project="nanot2i", name=c.name, dir=folder, config=asdict(c)).log
+                run = wandb.init(project="nanot2i", name=c.name, dir=folder, config=asdict(c), resume="allow",     # the same one after a restart
+                                 id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12])
+                run.define_metric("*", step_metric="images")
+                self.remote = run.log
             if rank == 0 and c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(folder)
@@ -387,8 +391,9 @@ def train(c):
     if folder.exists() and not folder.is_dir():
         fail(f"--out={folder} is a file: it must be a folder, or not be there yet")
     say = tqdm.write if rank == 0 else lambda *_: None
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6)) if world > 1 else None            # for slow disks
     loaded = []
-    together(world, lambda: loaded.extend(data.load(c)))
+    together(world, lambda: loaded.extend(data.load(c)), patient)
     dataset, held_out = loaded
     agree(world, {"the data set": (index := digest_of(dataset))})
     first = dataset.get(0, 0)[0]
@@ -403,7 +408,7 @@ def train(c):
     bpe = None
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
-            pretrained.bpe_train([text for captions in dataset.captions for text in captions], c.text.vocab)
+            pretrained.bpe_train([text for i in range(0, len(dataset), 1 + len(dataset) // 1_000_000) for text in dataset.captions[i]], c.text.vocab)
     if "text" in has:
         null = dataset.null[None], torch.ones(1, len(dataset.null), dtype=torch.bool)
         tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
@@ -437,7 +442,7 @@ def train(c):
     held = []
     together(world, lambda: held.append(hold(folder)) if rank == 0 else None)
     watch, rates = Watch(rank, world, c.train.timeout, device), deque(maxlen=50)                          # img/s of the last log lines
-    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world)
+    log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world, patient, watch)
     say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
@@ -516,11 +521,11 @@ def train(c):
                 saver.save(step, model, ema, optimizer, log)
         if stopping:
             bar.close()
-            saver.last(watch)
+            saver.last()
             say(f"{stop[0] if stop else 'stopped'}: saved at image {step * c.train.batch:,}; the same command goes on from there")
             return leave(world, watch)
     bar.close()
-    saver.last(watch)
+    saver.last()
     say(f"finished after {clock.total() / 60:.1f} minutes of training: look at {folder}/index.html, then python sample.py \"a red apple\"")
     leave(world, watch)
 

@@ -93,7 +93,9 @@ def checkpoints(flags):
              "optimizer": {f"{name}.{kind}": torch.ones_like(p.detach()) for name, p in model.named_parameters() for kind in kinds[p]}}
     cluster.snapshot(model, ema, optimizer)                                                               # makes the optimizer's state
     folder, times = Path(c.out), {who: {k: [] for k in ("write", "held", "done", "read")} for who in ("ours", "DCP")}
-    saver, stager = train.Saver(folder / "async", c, None, "", mine, world), DefaultStager(StagingOptions(False, False, False, False))
+    watch = cluster.Watch(mine, world, c.train.timeout, device)
+    saver = train.Saver(folder / "async", c, None, "", mine, world, dist.new_group(backend="gloo"), watch)
+    stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def timed(who, what, action):
         dist.barrier()
@@ -107,7 +109,8 @@ def checkpoints(flags):
     def ours(k):
         timed("ours", "write", lambda: cluster.write(folder, k, c, None, "", *cluster.snapshot(model, ema, optimizer), mine, world))
         _, begin = timed("ours", "held", lambda: saver.save(k, model, ema, optimizer, None))
-        saver.last(None)
+        saver.last()
+        watch.at(k, "the next")
         times["ours"]["done"].append(time.perf_counter() - begin)
         timed("ours", "read", lambda: train.resume(folder, c, model, ema, optimizer, world, ""))
 

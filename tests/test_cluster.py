@@ -343,6 +343,19 @@ def test_a_file_system_without_locks_is_told_and_not_refused(tmp_path, monkeypat
         cluster.hold(tmp_path)
 
 
+def test_a_slow_disk_is_no_hang(tmp_path, monkeypatch):
+    """The watch would end the process: its own group's timeout is the writer's."""
+    c = configs.parse(TINY)
+    model, ema, optimizer = train.build(c, torch.device("cpu"), 0)
+    watch = cluster.Watch(0, 1, 1.0, torch.device("cpu"))
+    saver, write = cluster.Saver(tmp_path, c, None, None, 0, 1, None, watch), cluster.write
+    monkeypatch.setattr(cluster, "write", lambda *args: (time.sleep(3), write(*args)))
+    saver.save(1, model, ema, optimizer, None)
+    watch.at(1, "the checkpoint")
+    saver.wait()
+    assert time.monotonic() - watch.since < watch.timeout and [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
 @pytest.mark.parametrize("where", [-1, 5000])
 def test_a_file_system_that_loses_bytes_between_ranks_is_found_before_the_checkpoint_counts(tmp_path, monkeypatch, where):
     """As an NFS client may that writes whole pages over what another node wrote: after all have written, before the sums are taken."""

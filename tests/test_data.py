@@ -339,6 +339,12 @@ def test_damage_found_while_decoding(tmp_path, capsys, workers):
     err = capsys.readouterr().err
     assert set(train.bad) == set(broken) and all(err.count(name) == 1 for name in broken)
     assert train.get(3, 0)[1] == train.get(4, 0)[1] == train.captions[5][0]     # the next one stands in
+    one = data.Bad(replace(c, data=replace(c.data, max_bad=0.01)))              # one rank of many, which meets little of a large set
+    one.total = 1_000_000
+    for k in range(10):
+        one.note({f"{k}.png": "cut"}, seen=100)
+    with pytest.raises(SystemExit, match=r"11 of 1001 images .* --data.max_bad=0.02"):
+        one.note({"x.png": "cut"}, seen=1)
     strict = replace(c, data=replace(c.data, max_bad=0.1))
     with pytest.raises(SystemExit, match="--data.max_bad"):
         run(data.load(strict)[0], strict, 9)

@@ -185,8 +185,9 @@ def test_start_from_another_run_and_drop_the_repa_head(whole, tmp_path):
     assert set(before) - set(after) == {k for k in before if k.startswith("align.")} and all(torch.equal(after[k], before[k]) for k in after)
 
 
-def test_kept_checkpoints(tmp_path):
-    c = replace(configs.debug, train=replace(configs.debug.train, batch=16, keep_every=64))
+@pytest.mark.parametrize("every", [64, 50])                                    # whether saves fall on its multiples or not
+def test_kept_checkpoints(tmp_path, every):
+    c = replace(configs.debug, train=replace(configs.debug.train, batch=16, save_every=32, keep_every=every))
     model = Denoiser(c)
     for step in range(2, 13, 2):
         cluster.write(tmp_path, step, c, None, None, *cluster.snapshot(model, model, muon.build(model, c.optim)))
