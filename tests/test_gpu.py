@@ -39,9 +39,9 @@ def nothing(c):
     return torch.zeros(1, c.text.length, dtype=torch.int64), torch.arange(c.text.length)[None] < 1
 
 
-def step(c, model, ema, optimizer, batch, null, generator, number):
+def step(c, model, ema, optimizer, batch, null, generator, number, encode=None, teacher=None, vae=None, perceptual=None):
     """One step as `train.train` makes it. -> loss, on the device"""
-    loss, _ = train.losses(c, model, batch, null, None, None, generator)
+    loss, _ = train.losses(c, model, batch, null, encode, teacher, generator, vae, perceptual)
     loss.backward()
     norm = clip(model.parameters(), c.optim.clip, None)
     optimizer.step(skip=(~norm.isfinite()).float())
