@@ -292,15 +292,16 @@ def write(folder, step, c, bpe, index, files, mine, rank=0, world=1, group=None)
             part.mkdir(parents=True)
             for file, tensors in files.items():
                 with open(part / f"{file}.safetensors", "wb") as f:
-                    f.truncate(f.write(place(tensors)[0]) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
+                    f.truncate(len(place(tensors)[0]) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
 
     def fill():
         """-> {file: {where: (bytes, their checksum)}} of what this rank wrote. Into files of full size that are not opened for reading:
         else an NFS client would write whole pages, old bytes or zeros over what another node wrote beside its own."""
         wrote = {}
         for file, tensors in files.items():
-            begin = place(tensors)[1]
+            head, begin = place(tensors)
             pieces = {begin[name] + start * x.itemsize: x.view(torch.uint8).numpy() for name, start, x in mine[file] if len(x)}
+            pieces |= {0: head} if rank == 0 else {}
             with os.fdopen(os.open(part / f"{file}.safetensors", os.O_WRONLY | getattr(os, "O_BINARY", 0)), "wb") as f:
                 for at, piece in pieces.items():
                     f.seek(at), f.write(piece)

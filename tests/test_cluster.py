@@ -356,7 +356,7 @@ def test_a_slow_disk_is_no_hang(tmp_path, monkeypatch):
     assert time.monotonic() - watch.since < watch.timeout and [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
-@pytest.mark.parametrize("where", [-1, 5000])
+@pytest.mark.parametrize("where", [3, 5000, -1])
 def test_a_file_system_that_loses_bytes_between_ranks_is_found_before_the_checkpoint_counts(tmp_path, monkeypatch, where):
     """As an NFS client may that writes whole pages over what another node wrote: after all have written, before the sums are taken."""
     c = configs.parse(TINY)
@@ -473,13 +473,16 @@ def test_the_launcher_is_told_to_stop_then_all_die_in_mid_write_and_it_ends_the_
     assert time.time() - begun < 25 and said.count("saved at image") == 1
     at = int(newest(tmp_path).name[5:])
     assert 5 <= at < 30
-    two = pair(tmp_path, "--parallel=fsdp", "--train.save_every=12")
     torn = lambda: list(tmp_path.glob("step_*.tmp"))
-    until(lambda: last(tmp_path) > at + 1 and torn(), *two)
-    for p in two:
-        p.kill()
-    told = [p.communicate()[0] for p in two]
-    assert torn(), "killed too late"
+    for _ in range(5):                                                          # a busy machine may be late with the kill
+        two = pair(tmp_path, "--parallel=fsdp", "--train.save_every=12")
+        until(lambda: last(tmp_path) > at + 1 and torn(), *two)
+        for p in two:
+            p.kill()
+        told = [p.communicate()[0] for p in two]
+        if torn():
+            break
+    assert torn()
     two = pair(tmp_path, "--parallel=fsdp")
     told = [p.communicate(timeout=120)[0] for p in two]
     assert [p.returncode for p in two] == [0, 0] and not torn(), told

@@ -94,7 +94,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(whole, tmp_path):
     for _ in range(3):
         process = start(f"--out={tmp_path}", "--train.save_every=48")
         seen = [r["images"] for r in rows(tmp_path) if "loss" in r] if (tmp_path / "log.jsonl").exists() else [0]
-        wait_for_images(process, tmp_path, min(304, max(seen) + 16 * int(generator.integers(3, 7))))
+        wait_for_images(process, tmp_path, min(304, max(seen) + 16 * int(generator.integers(2, 5))))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -108,7 +108,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, number):
     process = start(f"--out={tmp_path}")
-    wait_for_images(process, tmp_path, 48)
+    wait_for_images(process, tmp_path, 16)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err and "saved at image" in out + err
