@@ -14,7 +14,7 @@ What a run sees is a pure function of its seed and of the position in it: nothin
 
     b micro-batch, L text tokens, H and W pixels, C h w of a latent, N D of a teacher's features, E drawings
 """
-import functools, hashlib, importlib.util, io, itertools, json, math, os, re, signal, sys, tarfile, unicodedata, warnings, zlib
+import functools, hashlib, importlib.util, io, itertools, json, math, mmap, os, re, signal, sys, tarfile, unicodedata, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -325,9 +325,9 @@ class Bad(dict):
         self.source, self.max_bad = c.data.source, c.data.max_bad
         self.total = self.unnamed = 0                       # items in all; lost items in excess of one a name
         self.late = {}                                      # found since somebody last looked
-        self.seen = self.met = 0                            # items that this run's batches asked for, and those of them that were bad
+        self.seen = self.met = self.hits = 0                # items that this run's batches asked for; the bad ones of them; not yet counted
 
-    def note(self, found=None, what="images", seen=0):
+    def note(self, found=None, what="images", seen=0, hits=0):
         """Count, name, and stop if they are too many: of all, or, as one of many ranks sees few of all, of those `seen` in batches."""
         found, self.late = found or self.late, {}
         new, before = {k: v for k, v in found.items() if k not in self}, len(self)
@@ -337,7 +337,7 @@ class Bad(dict):
         lost, total = len(self) + self.unnamed, self.total
         if new and len(self) > 20:
             tqdm.write(f"skipped {lost} of {total} {what} so far", file=sys.stderr)
-        self.seen, self.met = self.seen + seen, self.met + len(new) * bool(seen)
+        self.seen, self.met = self.seen + seen, self.met + hits
         if self.met > self.max_bad * max(self.seen, 1000):
             lost, total = self.met, self.seen
         if lost > self.max_bad * total:
@@ -362,6 +362,7 @@ def sound(dataset, index, choice):
             return dataset.item(i, choice)
         except Exception as error:                          # broken files raise anything
             why = dataset.bad.late[dataset.names[i]] = reason(error)
+            dataset.bad.hits += i == index
     configs.fail(f"nothing in {dataset.root} can be read: {why}")
 
 
@@ -708,8 +709,8 @@ class Shards:
         return int(self.ends[-1])
 
     def at(self, i):
-        """-> its shard's tensors, as arrays, and its place in there. A few shards stay mapped: each page read costs the process page
-        tables until its file is unmapped, over a long run gigabytes."""
+        """-> its shard's tensors, as arrays, and its place in there. A few shards stay mapped: each holds a descriptor, of which there
+        are often 1,024, and page tables for every page read, over a long run gigabytes."""
         name, j = self.where(i)
         if name not in self.open:
             if len(self.open) >= MAPPED:
@@ -748,12 +749,11 @@ class Shards:
 
 
 def mapped(path):
-    """-> {name: array} of a safetensors file; nothing is read yet. Mapped by torch, which keeps no descriptor, as Python's mmap would:
-    many are open, and often only 1,024 files may be."""
+    """-> {name: array} of a safetensors file; nothing is read yet."""
     with open(path, "rb", buffering=0) as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     array = lambda dtype, shape, start: np.frombuffer(whole, dtype, math.prod(shape), 8 + size + start).reshape(shape)
     return {key: array(DTYPES[x["dtype"]], x["shape"], x["data_offsets"][0]) for key, x in header.items() if key != "__metadata__"}
 
@@ -837,8 +837,9 @@ def instead(shards, damaged):
     """In the place of a damaged shard the next sound one of its shape, so that all others keep their places and a run goes on."""
     out = []
     for k, shard in enumerate(shards):
-        sound = (s for s in [*shards[k:], *shards[:k]] if s["shape"] == shard["shape"] and s["name"] not in damaged)
-        if other := next(sound, None):
+        if shard["name"] not in damaged:
+            out.append(shard)
+        elif other := next((s for s in [*shards[k:], *shards[:k]] if s["shape"] == shard["shape"] and s["name"] not in damaged), None):
             out.append({**shard, "name": other["name"], "of": other["count"]})
     return out
 
@@ -923,10 +924,10 @@ def gather(dataset, choices):
     """The items (index, choice of caption). `bad` carries what a loader process found to be broken home to the main one."""
     found, captions = zip(*(dataset.get(i, choice) for i, choice in choices))
     batch = collate(found, dataset) if isinstance(found[0], dict) else {"image": torch.from_numpy(np.stack(found))}
-    bad, known = {}, getattr(dataset, "bad", None)
+    bad, hits, known = {}, 0, getattr(dataset, "bad", None)
     if known is not None:
-        bad, known.late = known.late, {}
-    return {**batch, "caption": list(captions), "bad": bad}
+        bad, hits, known.late, known.hits = known.late, known.hits, {}, 0
+    return {**batch, "caption": list(captions), "bad": bad, "hits": hits}
 
 
 def collate(found, dataset):
@@ -952,9 +953,9 @@ class AtPositions(torch.utils.data.Dataset):
 
 
 def finish(batch, dataset, tokenize):
-    bad = batch.pop("bad")
-    if hasattr(dataset, "bad"):
-        dataset.bad.note(bad, seen=len(batch["caption"]))
+    bad, hits = batch.pop("bad"), batch.pop("hits")
+    if getattr(dataset, "bad", None) is not None:
+        dataset.bad.note(bad, seen=len(batch["caption"]), hits=hits)
     if "text" not in batch:
         batch["ids"], batch["mask"] = tokenize(batch["caption"])
     return batch

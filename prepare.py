@@ -297,12 +297,15 @@ class Parquet:
 
 
 def measured(path):
-    """-> (width and height of each image of the file, nothing wrong). What cannot be measured, 1 x 1, is found bad later."""
+    """-> (width and height of each image of the file, "" or why that is not to be kept). What cannot be measured, 1 x 1, is found bad later."""
     import pyarrow.parquet as parquet
-    file = parquet.ParquetFile(path)
-    name = columns(file.schema_arrow, path)[0]
-    images = (value for batch in file.iter_batches(64, columns=[name]) for value in batch[name])
-    return np.array([data.attempt(lambda: data.extent(picture(value))) or (1, 1) for value in images], np.int32).reshape(-1, 2), ""
+    file, sizes, why = parquet.ParquetFile(path), [], ""
+    for group in range(file.num_row_groups):
+        images = data.attempt(row_group.__wrapped__, path, group, 0, 0)
+        if images is None:
+            why, images = "a part cannot be read", [None] * file.metadata.row_group(group).num_rows
+        sizes += [data.attempt(lambda: data.extent(picture(value))) or (1, 1) for value in images]
+    return np.array(sizes, np.int32).reshape(-1, 2), why
 
 
 def picture(value):

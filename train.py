@@ -218,8 +218,10 @@ class Log:
         try:
             if rank == 0 and c.wandb:
                 import wandb
-                run = wandb.init(project="nanot2i", name=c.name, dir=folder, config=asdict(c), resume="allow",     # the same one after a restart
-                                 id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12])
+                mark = folder / "wandb.id"                                                                # the same one after a restart
+                if not old or not mark.exists():
+                    mark.write_text(os.urandom(6).hex())
+                run = wandb.init(project="nanot2i", name=c.name, id=mark.read_text(), resume="allow", dir=folder, config=asdict(c))
                 run.define_metric("*", step_metric="images")
                 self.remote = run.log
             if rank == 0 and c.tensorboard:

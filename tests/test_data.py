@@ -341,10 +341,11 @@ def test_damage_found_while_decoding(tmp_path, capsys, workers):
     assert train.get(3, 0)[1] == train.get(4, 0)[1] == train.captions[5][0]     # the next one stands in
     one = data.Bad(replace(c, data=replace(c.data, max_bad=0.01)))              # one rank of many, which meets little of a large set
     one.total = 1_000_000
-    for k in range(10):
-        one.note({f"{k}.png": "cut"}, seen=100)
-    with pytest.raises(SystemExit, match=r"11 of 1001 images .* --data.max_bad=0.02"):
-        one.note({"x.png": "cut"}, seen=1)
+    one.note({f"neighbour {k}": "cut" for k in range(700)}, seen=32, hits=1)    # names of those that did not stand in, either
+    for k in range(9):
+        one.note({f"{k}.png": "cut"}, seen=100, hits=1)
+    with pytest.raises(SystemExit, match=r"11 of 933 images .* --data.max_bad=0.02"):
+        one.note({"x.png": "cut"}, seen=1, hits=1)
     strict = replace(c, data=replace(c.data, max_bad=0.1))
     with pytest.raises(SystemExit, match="--data.max_bad"):
         run(data.load(strict)[0], strict, 9)
