@@ -511,9 +511,7 @@ class Tars:
     lazy = True
 
     def __init__(self, files, c, bad):
-        begin = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))     # each rank indexes others first
-        order = tqdm([*files[begin:], *files[:begin]], desc="indexing tars", leave=False, disable=len(files) < 10)
-        tables, self.files, self.rows = {file: kept(file, "index", scan) for file in order}, [], []
+        tables, self.files, self.rows = tabled(files, "index", scan, "indexing tars"), [], []
         for file in files:
             rows, why = tables[file]
             bad.total += max(1, len(rows))
@@ -588,6 +586,13 @@ def atomic(path, writer=""):
     if os.name == "posix":
         fd = os.open(path.parent, os.O_RDONLY)
         os.fsync(fd), os.close(fd)
+
+
+def tabled(files, kind, make, desc):
+    """-> {file: what `kept` has of it}. Each rank begins with others, so that together they are soon done."""
+    begin = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))
+    order = tqdm([*files[begin:], *files[:begin]], desc=desc, leave=False, disable=len(files) < 10)
+    return {file: kept(file, kind, make) for file in order}
 
 
 def kept(path, kind, make):

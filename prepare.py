@@ -269,10 +269,9 @@ class Parquet:
         self.keys = np.array([digest(f"{self.name(i)}") for i in range(int(counts.sum()))], np.uint64)
         self.sizes = None
         if c.data.buckets:
-            begin = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))     # each rank measures others first
-            order = tqdm([*files[begin:], *files[:begin]], desc="measuring images", leave=False)
-            sizes = {file: data.kept(file, "sizes", measured)[0] for file in order if file.name not in bad.late}
-            self.sizes = np.concatenate([np.empty((0, 2), np.int32), *(sizes[file] for file in files if file in sizes)])
+            sound = [file for file in files if file.name not in bad.late]
+            sizes = data.tabled(sound, "sizes", measured, "measuring images")
+            self.sizes = np.concatenate([np.empty((0, 2), np.int32), *(sizes[file][0] for file in sound)])
 
     def at(self, i):
         k = int(np.searchsorted(self.ends, i, "right"))
