@@ -118,7 +118,7 @@ class Optim:
     ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
     ns_dtype: str = "bf16"          # of Newton-Schulz's products, and of updates that replicas send each other; "fp32": slower, to compare ranks
     modulation: str = "muon"        # what trains the adaLN matrices of the blocks: "muon" (as PRX) or "adamw" (a cheaper step)
-    split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one; PRX: but for the MLP's, whole
+    split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one (PRX does so with the MLP's alone)
     decay: float = 0.0              # decoupled weight decay, of matrices
     decay_all: bool = False         # of biases, norms and constants too, as AMD
     warmup: int = 10_000            # images of linear warm-up
