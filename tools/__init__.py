@@ -1,0 +1,1 @@
+"""What is run beside training, as `python -m tools.<name>`. Nothing imports it."""
