@@ -146,16 +146,6 @@ def agree(world, facts):
             fail(f"rank {rank} is not set up as rank 0: {', '.join(differ[:4])}")
 
 
-def digest_of(dataset):
-    """Of the number of items and of some ten thousand captions; of prepared shards their own sums, whatever of them cannot be read now."""
-    if hasattr(dataset, "parts"):
-        return hashlib.sha256("".join(map(digest_of, dataset.parts)).encode()).hexdigest()[:16]
-    if hasattr(dataset, "sums"):
-        return dataset.sums[:16]
-    some = [dataset.captions[i] for i in range(0, len(dataset.captions), 1 + len(dataset.captions) // 10_000)]
-    return hashlib.sha256(repr((len(dataset), some)).encode()).hexdigest()[:16]
-
-
 def hold(folder):
     """Keep other runs out of the folder, as long as this process lives and the result is kept."""
     folder.mkdir(parents=True, exist_ok=True)

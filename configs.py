@@ -6,7 +6,7 @@
 A bare section takes its first field (`--data=path/to/folder` is `--data.source=...`) and a bare field name works where
 only one section has it (`--teacher=...` is `--align.teacher=...`). Budgets and intervals count images seen, not steps.
 """
-import dataclasses, difflib, inspect, json, os, re, sys, types, typing
+import dataclasses, difflib, hashlib, inspect, json, os, re, sys, types, typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Data:
-    source: str = "emoji"           # "emoji" (built in), or a folder of images, *.tar, *.parquet or prepared shards (see data.py); or a:0.7,b:0.3
+    source: str = "emoji"           # "emoji" (built in); a folder, .tar, .zip or .parquet of captioned pictures; hf:owner/name; or a:0.7,b:0.3
+    image: str = ""                 # column (parquet) or view (of names in tars and folders) of the pictures; "" = found by name
+    caption: str = ""               # columns or keys of captions, as in caption_detail,llava ("txt" is the .txt); "" = found by name
+    cache: str = ""                 # read a hub set or bucket through a cache of this size, as in 200GB; "" = download a hub set whole
+    window: int = 200_000           # items that are shuffled among each other: a window is whole files of at least so many (see data.py)
     buckets: bool = False           # keep the aspect ratio: each micro-batch has one of a few shapes of about size x size pixels
     subset: str = "food,animals"    # of the built-in set: categories (food, animals, travel, objects, ...) or "all"
     skin_tones: bool = False        # built-in set: add the 1,875 skin-tone variants
@@ -307,11 +311,32 @@ recipes = {c.name: c for c in (emoji, emoji_gpu, debug, nitro_debug, prx_512, pr
 # ------------------------------------------------------------------------------------------------------------------
 # The command line
 
+def plain_output():
+    """Let a terminal that cannot print a name print its escapes, rather than end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def fail(message):
     """The user's mistake, in one line: says what to change, prints no stack trace."""
     stop = SystemExit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
     stop.message = message                                  # another rank than the first says it through that one: see train.py
     raise stop
+
+
+def digest(*words):
+    """Hash words to 64 bits, the same on every machine. File names whose bytes are no text are hashed as bytes."""
+    blob = "/".join(map(str, words)).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(blob, digest_size=8).digest(), "little")
+
+
+def parse_size(text, key):
+    """Read a size such as 200GB, 500MB or 1TB -> bytes."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)i?B?", text.strip(), re.I)
+    if not match or match[1].count(".") > 1 or not float(match[1]):
+        fail(f"{key} wants a size such as 200GB, not {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def cast(text, kind, key):
@@ -404,7 +429,7 @@ def check(c):
     one_of("train.reduce", t.reduce, "fp32", "bf16")
     for key in ("model.size", "model.channels", "model.patch", "model.width", "model.depth", "model.heads", "text.length",
                 "train.images", "train.timeout", "train.batch", "train.micro_batch", "train.log_every", "train.val_images", "sample.steps",
-                "latent.factor", "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden",
+                "data.window", "latent.factor", "flow.shift", "flow.noise", "optim.ema_every", "model.mlp_ratio", "text.width", "text.heads", "align.hidden",
                 "perceptual.lpips_scale", "perceptual.dino_size"):
         section, name = key.split(".")
         ok(getattr(getattr(c, section), name) > 0, f"{key} must be above zero")

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import cluster, configs, data, flow, pretrained
+import cluster, configs, data, flow, pretrained, sources
 from model import unpatchify
 from sample import calls, generate, one_line, open_checkpoint, options, save_png, settings
 
@@ -262,8 +262,7 @@ def real(dataset, index, vae):
     numbers = [*range(rank, len(index), world)]
     for i in bar(iterable=range(0, len(numbers), BATCH), desc="real pictures", unit="batch"):
         yield numbers[i:i + BATCH], [picture_of(dataset, index[j], vae) for j in numbers[i:i + BATCH]]
-        if (bad := getattr(dataset, "bad", None)) is not None:
-            bad.note()                                      # a broken picture gave way to its neighbour: say so, and stop if they are many
+        dataset.bad.note()                                      # a broken picture gave way to its neighbour: say so, and stop if they are many
 
 
 def stored(dataset, i):
@@ -319,7 +318,7 @@ def read_features(path, mark, rows):
 def write_features(path, mark, tensors):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with data.atomic(path) as part:
+        with sources.atomic(path) as part:
             save_file(tensors, part, {"mark": mark, "sha256": content(tensors)})
     except (OSError, SafetensorError) as error:
         print(f"{path} cannot be written ({' '.join(str(error).split())[:100]}): the next evaluation measures the real pictures again")
@@ -389,8 +388,8 @@ def against_real(model, c, tokenize, encode, dataset, networks, what, n, seed, h
     device = next(model.parameters()).device
     if len(dataset) < 2:
         configs.fail("fd, kid, cmmd and clip need two real pictures at least: try --set=both")
-    index = data.permutation(0, 0, len(dataset))[:n].tolist()
-    captions = [dataset.captions[i][0] for i in index]
+    index = data.first_items(dataset, n)
+    captions = [dataset.captions(item)[0] for item in index]
     n, keep = len(index), {NEEDS[key] for key in what if key in ("kid", "cmmd", "clip")}
     theirs = reference(networks, keep, dataset, index, captions, vae, home, device)
     asked = [(seed + i, captions[i]) for i in range(rank, n, world)]
@@ -423,7 +422,7 @@ def geneval(path):
     """The lines of evaluation_metadata.jsonl -> [(prompt, folder, line)]."""
     found = []
     for i, line in enumerate(read_text(path, "--geneval").strip().split("\n")):
-        prompt = data.attempt(lambda line: json.loads(line)["prompt"], line)
+        prompt = sources.attempt(lambda line: json.loads(line)["prompt"], line)
         if not isinstance(prompt, str):
             configs.fail(f"--geneval={path}: line {i + 1} is no JSON object with a prompt")
         found.append((prompt, f"{i:05d}", line))
@@ -468,10 +467,10 @@ def benchmark(model, c, tokenize, encode, jobs, out, made, seed=0, vae=None):
             square = [torch.cat([torch.cat([*four[:2]], 2), torch.cat([*four[2:]], 2)], 1)]                # as the scorer cuts it
             files[i][0].parent.mkdir(parents=True, exist_ok=True)
             if line:
-                with data.atomic(out / name / "metadata.jsonl") as whole:
+                with sources.atomic(out / name / "metadata.jsonl") as whole:
                     whole.write_text(line + "\n", "utf-8")
             for j, (path, image) in enumerate(zip(files[i], four if line else square)):
-                with data.atomic(path) as whole:
+                with sources.atomic(path) as whole:
                     save_png(image, whole, prompt, first + j, made)
     return len(todo)
 
@@ -577,13 +576,13 @@ def numbers(args, what, rank, world):
         feature = pixels if args.features == "pixels" else vision(args.features, c, device)
         sets = (args.set,) if args.set in ("seen", "heldout") else ("seen", "heldout")
         found["features"] = args.features
-        found["retrieval"] = retrieval(model, c, tokenize, encode, train, val, args.n or 200, sets, args.seed, feature, vae)
+        found["retrieval"] = retrieval(model, c, tokenize, encode, train.emoji, val.emoji, args.n or 200, sets, args.seed, feature, vae)
         if rank == 0:
             show_retrieval(found["retrieval"], args.features)
     if networks:
         source = Path(c.data.source).expanduser().resolve()
         home = source.with_name(source.name + ".features") if source.exists() else out.parent / "features"
-        dataset = {"seen": train, "both": data.Mixture([train, val], [1, 1], getattr(train, "bad", None))}.get(args.set, val)
+        dataset = {"seen": train, "both": train.both()}.get(args.set, val)
         found |= against_real(model, c, tokenize, encode, dataset, networks, what, args.n or 10_000, args.seed, home, vae)
         found["networks"] = names
         if rank == 0:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import configs
-import data
+import sources
 import evaluate
 from sample import picture
 
@@ -141,7 +141,8 @@ def chart(title, curves, total, log=False):
 def nearest(images, prompts, dataset, folder):
     """Draws each sample beside the training picture nearest to it, by pixels, in nearest/. -> [(prompt, caption, distance)],
     the distance as a share of the range of colours (root mean square); or why there are none."""
-    if not isinstance(dataset, data.Emoji):
+    dataset = dataset.emoji
+    if not dataset:
         return "Shown for the built-in set only: it can be rendered whole in a second."
     if (size := len(dataset.pairs) * images[0].numel()) > SEARCH:
         return f"Not looked for: {len(dataset.pairs):,} training pictures of {images.shape[-1]} pixels, {short(size)} values, are more than {short(SEARCH)}."
@@ -258,5 +259,5 @@ def html(folder, c, rows, prompts, near):
 
 def write(folder, c, rows, prompts, near):
     """rows: of log.jsonl; prompts: of the sample grids; near: what `nearest` found."""
-    with data.atomic(folder / "index.html") as part:
+    with sources.atomic(folder / "index.html") as part:
         part.write_text(html(folder, c, rows, prompts, near), "utf-8")

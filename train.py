@@ -50,7 +50,7 @@ import kernels
 import muon
 import page
 import pretrained
-from cluster import (Saver, Watch, agree, bf16_reduce, blocks_of, clip, digest_of, hold, leave, load_weights, mesh_of, resume, shard, slow, start,
+from cluster import (Saver, Watch, agree, bf16_reduce, blocks_of, clip, hold, leave, load_weights, mesh_of, resume, shard, slow, start,
                      together, whole)
 from configs import fail
 from model import Denoiser, count, flops, patchify, unpatchify
@@ -277,7 +277,7 @@ def plot(rows, path):
 
 def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
-    prompts = c.sample.prompts.split("|") if c.sample.prompts else [held_out.captions[i][0] for i in range(min(8, len(held_out)))]
+    prompts = c.sample.prompts.split("|") if c.sample.prompts else [held_out.captions(item)[0] for item in data.first_items(held_out, 8)]
     mine = range(rank, len(prompts), world)                                                               # every rank paints some
     with whole((ema if c.optim.ema else model).eval()) as net:
         result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device, vae)
@@ -352,7 +352,7 @@ def build(c, device, align_dim, world=1):
 
 def recalled(dataset, null, n):
     """(tokenize, encode) of prepared data, whose text encoder is not here: they know the first n captions of the set, and ""."""
-    found = [data.finish(data.gather(dataset, [(i, 0)]), dataset, None) for i in range(n)]                  # one by one: their shapes may differ
+    found = [data.finish(data.gather(dataset, [(item, 0)]), dataset, None) for item in data.first_items(dataset, n)]                  # one by one: their shapes may differ
     width = max(a["text"].shape[1] for a in ({"text": null[0]}, *found))
     states, masks = (torch.cat([F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1])) for a in (first.to(rest[0].dtype), *rest)])
                      for first, rest in ((null[0], [a["text"] for a in found]), (null[1], [a["mask"] for a in found])))
@@ -397,8 +397,9 @@ def train(c):
     loaded = []
     together(world, lambda: loaded.extend(data.load(c)), patient)
     dataset, held_out = loaded
-    agree(world, {"the data set": (index := digest_of(dataset))})
-    first = dataset.get(0, 0)[0]
+    say(data.describe(dataset, held_out))
+    agree(world, {"the data set": (index := dataset.digest)})
+    first = dataset.get(data.first_items(dataset, 1)[0], 0)[0]
     has = first if isinstance(first, dict) else {}                                                        # what `data.py prepare` made: see data.py
     together(world, lambda: loaded.extend((*frozen(c, device, has), pretrained.perceptual(c, device))))     # a node may lack the files of one
     encode, teacher, vae, perceptual = loaded[2:]
@@ -410,9 +411,9 @@ def train(c):
     bpe = None
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
-            pretrained.bpe_train([text for i in range(0, len(dataset), 1 + len(dataset) // 1_000_000) for text in dataset.captions[i]], c.text.vocab)
+            pretrained.bpe_train(data.some_captions(dataset, 1_000_000), c.text.vocab)
     if "text" in has:
-        null = dataset.null[None], torch.ones(1, len(dataset.null), dtype=torch.bool)
+        null = dataset.prepared.null[None], torch.ones(1, len(dataset.prepared.null), dtype=torch.bool)
         tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
             recalled(held_out, null, min(8, len(held_out)))
     else:
@@ -421,7 +422,7 @@ def train(c):
     null = tuple(F.pad(a, (0, 0) * (a.ndim - 2) + (0, max(0, c.text.length - a.shape[1]))) for a in null)       # as wide as any batch
     here = tuple(a.to(device) for a in null)
     lengths = next(data.fixed_batches(held_out, tokenize, 256, 256))["mask"].sum(1) if "text" in has else \
-        tokenize([dataset.captions[i][0] for i in range(min(2000, len(dataset)))])[1].sum(1)
+        tokenize([dataset.captions(item)[0] for item in data.first_items(dataset, 2000)])[1].sum(1)
     if cut := int((lengths == c.text.length).sum()):
         say(f"{cut} of {len(lengths)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
     steps = c.train.images // c.train.batch

@@ -1,0 +1,240 @@
+"""Data that lies elsewhere -> files here: a set of the Hugging Face hub as a whole, or a bucket through a cache of bounded size.
+
+    hf:owner/name[/folder][@revision]       downloaded whole, once per machine, by huggingface_hub (HF_HOME, HF_TOKEN, ... as always)
+    the same with --data.cache=200GB        read through the cache
+    hf://datasets/owner/name, s3://bucket/folder, gs://..., https://host/{0000..0123}.tar       read through the cache
+
+Through the cache every file is fetched whole, shortly before its items are due, and dropped when room is needed for others.
+The processes of a machine share it.
+"""
+import functools
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from configs import digest, fail
+from sources import PICTURE_SUFFIXES, TABLE_SUFFIXES, atomic, cache_folder, reason
+
+READ_SUFFIXES = (*PICTURE_SUFFIXES, *TABLE_SUFFIXES, ".txt", ".caption", ".tar", ".zip", ".safetensors")
+TRIES = 8                       # of a fetch, with growing pauses: a store that is out for two minutes costs no run
+
+
+def gigabytes(count):
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# By name, whole
+
+def parse_hub(name):
+    """Split "hf:owner/name/folder@revision" -> (owner/name, folder, revision); None where it is not of that form."""
+    match = re.fullmatch(r"(?:hf:(?://datasets/)?)?([\w.-]+/[\w.-]+)((?:/[^@]+)?)(?:@(.+))?", name)
+    return match and (match[1], match[2].strip("/"), match[3])
+
+
+def hub_error(error, name):
+    """Say in one line why the hub gave no data set, and what to do."""
+    import httpx
+    from huggingface_hub import errors
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        why = f"it is gated: accept its terms on https://huggingface.co/datasets/{name}, then: hf auth login (or set HF_TOKEN)"
+    elif status == 401:
+        why = "the hub wants to know who asks, or there is no such set: check the name; if it is private: hf auth login (or set HF_TOKEN)"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        why = "there is no such data set on the hub, or it is private: check the name, or: hf auth login"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = "there is no such revision"
+    elif isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        why = "it is not in the cache, and the hub is switched off or cannot be reached (HF_HUB_OFFLINE, network)"
+    elif isinstance(error, OSError) and error.errno == 28:
+        why = "the disk is full: free some, set HF_HOME to another, or read it through a cache: --data.cache=50GB"
+    elif isinstance(error, (httpx.HTTPError, ConnectionError, TimeoutError)):
+        why = f"the hub cannot be reached ({reason(error)}); the same command goes on where the download stopped"
+    else:
+        why = f"{reason(error)}; the same command goes on where the download stopped"
+    fail(f"hf:{name}: {why}")
+
+
+def download(name):
+    """Fetch the files of a hub data set that can be read -> its local folder. Other processes of the machine wait for the first."""
+    from huggingface_hub import HfApi, snapshot_download
+    repo, folder, revision = parse_hub(name)
+    try:
+        lock = cache_folder() / f"{digest(name):016x}.download.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            wanted = None
+            if not os.environ.get("HF_HUB_OFFLINE"):
+                about = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+                files = {file.rfilename: file.size or 0 for file in about.siblings}
+                wanted = [file for file in files if is_read(file, folder)]
+                if not wanted:
+                    fail(f"hf:{name} holds nothing that can be read; there is {', '.join(sorted(files)[:8]) or 'nothing'}")
+                total = sum(files[file] for file in wanted)
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    tqdm.write(f"hf:{name}: {len(wanted):,} of {len(files):,} files, {gigabytes(total)}")
+            root = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
+        return Path(root, folder)
+    except Exception as error:                          # httpx, huggingface_hub and the file system each have their own
+        hub_error(error, repo)
+
+
+def is_read(file, folder):
+    """Tell whether a file of a set lies in the folder asked for and is of a kind that is read."""
+    inside = not folder or file.startswith(f"{folder}/") or file == folder
+    hidden = any(part.startswith(".") for part in file.split("/"))
+    return inside and not hidden and file.lower().endswith(READ_SUFFIXES)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Through a cache
+
+class Store:
+    """Files behind a URL, each fetched whole into a folder of bounded size that all processes of a machine share."""
+
+    def __init__(self, url, limit):
+        self.url, self.limit = url, limit
+        self.folder = cache_folder() / "files" / f"{digest(url):016x}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sizes = self.list()
+        self.held = set()                               # names that are not dropped now
+        self.pinned = set()                             # nor ever: those of the validation set
+        self.ahead = None
+        largest = sorted(self.sizes.values())[-2:]
+        if sum(largest) > limit:
+            fail(f"--data.cache={gigabytes(limit)} is too small for {url}: it must hold two files, {gigabytes(sum(largest))}")
+
+    @functools.cached_property
+    def files(self):
+        """Return (fsspec's file system, the root in it); made when it is first needed in a process."""
+        import fsspec
+        try:
+            return fsspec.core.url_to_fs(self.url.partition("{")[0])
+        except (ImportError, ValueError) as error:
+            fail(f"{self.url}: {reason(error)}" + (" (pip install it)" if isinstance(error, ImportError) else ""))
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key not in ("files", "ahead")}
+
+    def list(self):
+        """Return {name: bytes} of the files, listed once and kept."""
+        kept = self.folder / "listing.json"
+        with FileLock(self.folder / "listing.lock"):
+            if kept.is_file():
+                return json.loads(kept.read_text())
+            sizes = self.retry("listing", self.ask)
+            if not sizes:
+                fail(f"{self.url} holds no files that can be read")
+            with atomic(kept) as part:
+                part.write_text(json.dumps(sizes))
+            return sizes
+
+    def ask(self):
+        """List the files of the store. https cannot list: there {first..last} stands for numbers."""
+        system, root = self.files
+        match = re.search(r"\{(\d+)\.\.(\d+)\}", self.url)
+        if match:
+            numbers = range(int(match[1]), int(match[2]) + 1)
+            urls = [f"{self.url[:match.start()]}{k:0{len(match[1])}}{self.url[match.end():]}" for k in numbers]
+            return {url.rpartition("/")[2]: system.info(url)["size"] for url in urls}
+        found = system.find(root, detail=True) or {root: system.info(root)}
+        top = root.rstrip("/")
+        names = {path: path[len(top):].lstrip("/") or path.rpartition("/")[2] for path in found}
+        return {names[path]: found[path]["size"] for path in sorted(found) if is_read(names[path], "")}
+
+    def address(self, name):
+        if "{" in self.url:
+            return self.url.rpartition("/")[0] + f"/{name}"
+        root = self.files[1].rstrip("/")
+        return root if root.endswith(f"/{name}") else f"{root}/{name}"
+
+    def retry(self, what, action):
+        """Call action() until it works; what fails is said, with pauses of 1, 2, 4, ... seconds."""
+        for attempt in range(TRIES):
+            try:
+                return action()
+            except FileNotFoundError as error:
+                fail(f"{self.url}: {what}: {reason(error)}")
+            except Exception as error:                  # every store has its own
+                if attempt == TRIES - 1:
+                    fail(f"{self.url}: {what} failed {TRIES} times: {reason(error)}")
+                tqdm.write(f"{self.url}: {what}: {reason(error)}; trying again in {2 ** attempt} s")
+                time.sleep(2 ** attempt)
+
+    def path(self, name):
+        return self.folder / name
+
+    def fetch(self, name, wait=True):
+        """Bring a file here, if it is not -> its path. Without `wait`, None where another process is at it or there is no room."""
+        path = self.path(name)
+        if path.is_file():
+            os.utime(path)                              # used last
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(f"{path}.lock", timeout=-1 if wait else 0):
+                if path.is_file():
+                    return path
+                if not self.make_room(self.sizes[name]) and not wait:
+                    return None
+                part = path.with_name(path.name + ".part")
+                self.retry(name, lambda: self.copy(name, part))
+                os.replace(part, path)
+        except Timeout:
+            return None
+        return path
+
+    def copy(self, name, part):
+        self.files[0].get_file(self.address(name), str(part))
+        size = part.stat().st_size
+        if size != self.sizes[name]:
+            raise OSError(f"{size} bytes came of {self.sizes[name]}")
+
+    def make_room(self, size):
+        """Drop the files that were used longest ago, but none that is held, until `size` bytes fit -> whether they do."""
+        with FileLock(self.folder / "room.lock"):
+            files = {path: path.stat() for path in self.folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".json")}
+            used = sum(stat.st_size for stat in files.values())
+            held = {self.path(name) for name in self.held | self.pinned}
+            for path in sorted(files, key=lambda path: files[path].st_mtime):
+                if used + size <= self.limit:
+                    break
+                if path not in held and path.suffix != ".part":
+                    path.unlink(missing_ok=True)
+                    used -= files[path].st_size
+            free = shutil.disk_usage(self.folder).free
+            if free < size:
+                fail(f"the disk of {self.folder} is full: {gigabytes(size)} wanted; lower --data.cache or set XDG_CACHE_HOME")
+            return used + size <= self.limit
+
+    def hold(self, names, coming):
+        """Keep `names` here; fetch those that are `coming`, in order, as far as there is room, while others are read."""
+        self.held = set(names)
+        room = self.limit - sum(self.sizes[name] for name in self.held | self.pinned)
+        ahead = []
+        for name in coming:
+            room -= self.sizes[name]
+            if room < 0:
+                break
+            ahead.append(name)
+        self.held |= set(ahead)
+        first = int(os.environ.get("LOCAL_RANK", 0)) * len(ahead) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        order = ahead[first:] + ahead[:first]           # each process begins with others
+        if order and not (self.ahead and self.ahead.is_alive()):
+            self.ahead = threading.Thread(target=self.fetch_all, args=(order,), daemon=True)
+            self.ahead.start()
+
+    def fetch_all(self, names):
+        for name in names:
+            try:
+                self.fetch(name, wait=False)
+            except SystemExit:                          # said when the file is due
+                return

@@ -1,0 +1,958 @@
+"""A folder, or a file, of captioned pictures -> what lies where in it, found once and kept.
+
+Four kinds of file hold pictures, and each is one class with the same methods: `Folder` (loose files), `Archive` (tar and
+zip) and `Parquet` here, `Shard` (what tools/prepare.py wrote) in data.py. A row is one picture and its captions:
+
+    len(file)                   how many rows can be used
+    file.keys()                 uint64 (n,), a hash of each row's name: the rows with small ones are held out
+    file.sizes()                int (n, 2), width and height in pixels, upright
+    file.captions(row)          list of str: the captions of the chosen columns
+    file.picture(row)           the encoded picture: bytes, or a path
+    file.name(row)              for messages
+    file.groups()               (n,), the row group of each row, if rows are read in groups; else None
+    file.lost, file.total       what cannot be used, [(name, why)], and how many rows there were
+
+`find(root, config)` says which files of which kind a folder holds, which column or key the pictures and the captions come
+from, and which files are the training and which the validation set. What is ambiguous ends with one line that names the
+candidates. Layouts of real sets: README.md, "Your own pictures".
+"""
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from configs import digest, fail
+
+PICTURE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+                    ".avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF")   # Pillow opens others, some by running programs
+MAX_PIXELS = 100_000_000
+MAX_CAPTION = 1_000_000         # bytes of a caption file that are read
+PEEK = 200                      # rows that are looked at to choose the columns
+
+# Names of columns, keys and views that hold the picture itself, and words of names that hold something about it.
+PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "output", "output_image", "picture")
+NO_PICTURE = re.compile("thumb|mask|condition|control|depth|embed|segment|canny|edge")
+
+# Names of columns and keys that hold captions, best first: long captions by vision models, then what people wrote, then
+# the prompts that pictures were generated from. "txt" is a .txt or .caption beside the picture; "caption_*" any such name.
+CAPTION_COLUMNS = ("caption_detail", "long_caption", "caption_llava", "qwen3", "gemini", "llava", "caption_*",
+                   "synthetic_caption", "gpt4_turbo_caption", "txt", "enhanced_prompt", "caption", "captions", "text",
+                   "blip_caption", "short_caption", "description", "input_prompt", "caption_original", "alt_text", "prompt",
+                   "original_prompt")
+LINK_COLUMNS = ("url", "URL", "image_url", "img_url", "urls", "image_link")
+NAME_COLUMNS = ("file_name", "filename", "output_image", "image_path", "image", "img", "path", "file", "key", "id")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Captions. A record is what is known of one picture: {"txt": lines of the .txt, key of the .json or column: value}
+
+def caption_rank(name):
+    """Return the place of a column among CAPTION_COLUMNS, or None where its name is not that of captions."""
+    if name in CAPTION_COLUMNS:
+        return CAPTION_COLUMNS.index(name)
+    if name.startswith("caption_") and not name.endswith(("_cn", "_status")):
+        return CAPTION_COLUMNS.index("caption_*")
+    return None
+
+
+def is_text(value):
+    """Tell whether a value is a caption or a list of captions."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(line, str) for line in value)
+    return isinstance(value, str)
+
+
+def captions_in(record, columns):
+    """Return the captions of a record in the given columns. Those that a status column calls failed do not count."""
+    found = []
+    for column in columns:
+        value = record.get(column)
+        status = str(record.get(f"{column}_status", record.get("status", ""))).lower()
+        if not is_text(value) or status.startswith(("fail", "error")):
+            continue
+        for line in value if isinstance(value, list) else [value]:
+            line = " ".join(line.split())
+            line.encode()                               # half of a surrogate pair is JSON but no text: UnicodeError
+            if line and line not in found:
+                found.append(line)
+    return found
+
+
+def choose_captions(records, asked, where):
+    """Choose the columns of captions, from records of some pictures -> (columns, the other candidates).
+
+    The first of CAPTION_COLUMNS that at least half of the records have, else the one that most have. Columns that are
+    `asked` for by --data.caption=a,b are taken as they are, and all of their captions count.
+    """
+    filled, kinds = Counter(), {}
+    for record in records:
+        for column, value in record.items():
+            kinds.setdefault(column, type(value).__name__)
+            if value is not None and not is_text(value):
+                kinds[column] = type(value).__name__
+            filled[column] += bool(captions_in(record, [column]))
+    texts = [column for column in kinds if filled[column]]
+    if asked:
+        columns = [column.strip() for column in asked.split(",")]
+        for column in columns:
+            if column not in kinds:
+                fail(f"--data.caption={column}: {where} has no such column; of text there are: {', '.join(texts) or 'none'}")
+            if not filled[column]:
+                holds = "is empty" if kinds[column] in ("NoneType", "str") else f"holds {kinds[column]}, not text"
+                fail(f"--data.caption={column}: the column {holds} in {where}; of text there are: {', '.join(texts) or 'none'}")
+        return columns, [column for column in texts if column not in columns]
+    ranked = sorted((c for c in texts if caption_rank(c) is not None), key=lambda c: (caption_rank(c), c))
+    if not ranked:
+        return [], texts
+    half = [column for column in ranked if 2 * filled[column] >= len(records)]
+    best = half[0] if half else max(ranked, key=lambda column: filled[column])
+    return [best], [column for column in ranked if column != best]
+
+
+def read_text(blob):
+    """Decode the bytes of a caption file: UTF-8, with or without a mark, or UTF-16 with one. Else raises ValueError."""
+    blob = blob[:MAX_CAPTION]
+    if blob.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return blob.decode("utf-16")
+    if b"\0" in blob:
+        raise ValueError("the caption holds NUL bytes: it is not UTF-8")
+    try:
+        return blob.decode("utf-8-sig", "ignore" if len(blob) == MAX_CAPTION else "strict")
+    except UnicodeDecodeError:
+        raise ValueError("the caption is not UTF-8") from None
+
+
+def make_record(txt, json_blob, table_row=None):
+    """Build the record of a picture from the bytes of its .txt, of its .json, and its row of a table; each may be None."""
+    record = dict(table_row or {})
+    if json_blob is not None:
+        entry = json.loads(read_text(json_blob))
+        record.update(entry if isinstance(entry, dict) else {})
+    if txt is not None:
+        lines = [line.strip() for line in read_text(txt).splitlines()]
+        record["txt"] = [line for line in lines if line]
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def reason(error):
+    """Say an error in one line, without the path."""
+    text = getattr(error, "strerror", None) or re.sub(r" (\w*Path\()?'.*", "", str(error), flags=re.DOTALL)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def opened(file):
+    """Open a picture (a path or a file) and read its header only: one that claims too many pixels raises ValueError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # our limit stands below
+        image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    return image
+
+
+def size_of(file):
+    """Return width and height of a picture, upright, from its header."""
+    with opened(file) as image:
+        turned = "exif" in image.info and image.getexif().get(0x0112, 1) > 4
+        return image.size[::-1] if turned else image.size
+
+
+def pair(names, asked, where):
+    """Match pictures with the files beside them by name.
+
+    Returns ({picture: (its .txt or .caption or None, its .json or None)}, [names left out]). "a.b.png" belongs to
+    "a.b.txt", or else to "a.txt"; then it is a view of a, named b.png. `asked` (--data.image=b) decides between views.
+    """
+    beside, pictures, views, left_out = {}, {}, {}, []
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        suffix = suffix.lower()
+        if suffix in PICTURE_SUFFIXES:
+            pictures.setdefault(stem, []).append(name)
+        elif suffix in (".txt", ".caption", ".json"):
+            beside.setdefault(stem, {})[suffix] = name
+    for stem, found in pictures.items():
+        folder, slash, base = stem.rpartition("/")
+        key = folder + slash + base.partition(".")[0]
+        is_view = key != stem and stem not in beside and (key in beside or key in pictures)
+        for name in found:
+            suffix = os.path.splitext(name)[1][1:]
+            view = f"{stem[len(key) + 1:]}.{suffix}" if is_view else suffix
+            views.setdefault(key if is_view else stem, {})[view] = name
+    result, several = {}, Counter()
+    for key, found in views.items():
+        chosen = choose_view(found, asked)
+        if len(chosen) > 1:
+            several[tuple(sorted(chosen))] += 1
+        for view, name in found.items():
+            if view not in chosen:
+                left_out.append(name)
+                continue
+            texts = beside.get(os.path.splitext(name)[0]) or beside.get(key, {})
+            result[name] = texts.get(".txt") or texts.get(".caption"), texts.get(".json")
+    if sum(several.values()) > len(views) / 2:
+        fail(f"{where} holds several pictures of each name: {', '.join(several.most_common(1)[0][0])}; say which with --data.image=")
+    return result, left_out
+
+
+def choose_view(views, asked):
+    """Choose among pictures of one name, {"png" or "depth.png": file}: what is asked for, else the plain one, else no mask."""
+    if asked:
+        return [view for view in views if asked in (view, view.rpartition(".")[0], view.rpartition(".")[2])]
+    plain = [view for view in views if "." not in view]
+    return plain or [view for view in views if not NO_PICTURE.search(view.lower())]
+
+
+def choose_picture_column(columns, asked, where):
+    """Choose the column of pictures, among [(name, "struct" or "bytes")] -> its name; None where there is none."""
+    names = [name for name, _ in columns]
+    if asked:
+        if asked not in names:
+            fail(f"--data.image={asked}: {where} has no such column of pictures; there are: {', '.join(names) or 'none'}")
+        return asked
+    allowed = [(name, kind) for name, kind in columns if not NO_PICTURE.search(name.lower())]
+    candidates = [name for name, _ in allowed if name.lower() in PICTURE_COLUMNS]
+    candidates = candidates or [name for name, kind in allowed if kind == "struct"] or [name for name, _ in allowed]
+    if len(candidates) > 1:
+        fail(f"{where} has several columns of pictures: {', '.join(candidates)}; say which with --data.image=")
+    return candidates[0] if candidates else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# An index is kept beside its file, or in the user's cache where that cannot be written
+
+@contextmanager
+def atomic(path, writer=""):
+    """Yield another name to write to; flush it to disk, then rename it. `writer` tells apart those who write the same at once."""
+    suffix = f".{writer}.part" if writer != "" else ".part"
+    part = path.with_name(path.name + suffix)
+    yield part
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def cache_folder():
+    """Return the folder of what nanoT2I keeps for the user: $XDG_CACHE_HOME/nanot2i."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanot2i"
+
+
+def mark_of(path, choice):
+    """Return what an index was made of: exact size and time, a checksum of both ends of the file, and what was chosen."""
+    stat = path.stat()
+    with open(path, "rb", buffering=0) as file:
+        ends = zlib.crc32(file.read(65536))
+        file.seek(max(0, stat.st_size - 65536))
+        ends = zlib.crc32(file.read(65536), ends)
+    return json.dumps([3, stat.st_size, stat.st_mtime_ns, ends, choice])
+
+
+def kept(path, choice, make):
+    """Return (place, {name: array}) for a file: as kept, if the file is still the same, else from make(), which is then kept.
+
+    The place is the path of the kept arrays, None where nothing can be written.
+    """
+    mark = mark_of(path, choice)
+    name = f"{path.name}.{digest(*map(str, choice)) % 16 ** 6:06x}.index.npz"
+    places = [cache_folder() / f"{digest(path.resolve()):016x}.{name}"]
+    if not path.is_symlink():                           # a link's own folder says nothing of the file
+        places.insert(0, path.parent / f".{name}")
+    for place in places:
+        try:
+            index = np.load(place)
+            if index["mark"].tobytes().decode() == mark:
+                return place, index
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            continue                                    # there is none, or it is damaged
+    arrays = make()
+    arrays["mark"] = np.frombuffer(mark.encode(), np.uint8)
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(place, os.getpid()) as part, open(part, "wb") as file:
+                np.savez(file, **arrays)
+            return place, arrays
+        except OSError:
+            continue
+    return None, arrays
+
+
+@functools.lru_cache(maxsize=64)
+def handle(path, process):
+    """Open a file in this process: loader processes that were forked must not share a position in it.
+
+    Python's buffer is of the file system's block, on NFS and Lustre 1 to 4 MiB: without it a read fetches what it is for.
+    """
+    return open(path, "rb", buffering=0)
+
+
+def read_piece(path, offset, size, deflated=False, limit=None):
+    """Read `size` bytes of a file from `offset` on; what a zip has deflated is unpacked, at most `limit` bytes of it."""
+    file = handle(path, os.getpid())
+    file.seek(int(offset))
+    blob = file.read(int(size))
+    if len(blob) < size:
+        raise ValueError("the file is cut off")
+    if deflated:
+        blob = zlib.decompressobj(-15).decompress(blob, limit or 4 * MAX_PIXELS)
+    return blob
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Loose files
+
+class Folder:
+    """Pictures that are files, each with its captions beside it or in a table that names it. Looked through at each start."""
+
+    def __init__(self, root, names, found):
+        self.path, self.root, self.found = root, root, found
+        self.pairs, self.left_out = pair(names, found.image, root)
+        self.rows, self.lost, self.total = [], [], 0
+
+    def peek(self):
+        """Return the records of some pictures."""
+        pictures = sorted(self.pairs)
+        return records_of(pictures[::1 + len(pictures) // PEEK], self.record)
+
+    def record(self, name):
+        txt, json_name = self.pairs[name]
+        blobs = [(self.root / beside).read_bytes() if beside else None for beside in (txt, json_name)]
+        return make_record(*blobs, self.found.row_of(name))
+
+    def index(self):
+        """Look at each picture's header and captions; keep those that can be used."""
+        names = sorted(self.pairs)
+        bar = tqdm(names, desc="checking pictures", leave=False, disable=len(names) < 5000)
+        self.total = len(names)
+        sizes = []
+        for name in bar:
+            try:
+                if not captions_in(self.record(name), self.found.columns):
+                    raise ValueError(self.found.no_caption())
+                sizes.append(size_of(self.root / name))
+                self.rows.append(name)
+            except Exception as error:                  # broken files raise anything
+                self.lost.append((name, reason(error)))
+        self._sizes = np.array(sizes, np.int64).reshape(-1, 2)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def keys(self):
+        return np.array([digest(name) for name in self.rows], np.uint64)
+
+    def sizes(self):
+        return self._sizes
+
+    def groups(self):
+        return None
+
+    def captions(self, row):
+        return captions_in(self.record(self.rows[row]), self.found.columns)
+
+    def picture(self, row):
+        return self.root / self.rows[row]
+
+    def name(self, row):
+        return self.rows[row]
+
+
+def records_of(names, read):
+    """Return the records that can be read, of those named."""
+    records = []
+    for name in names:
+        try:
+            records.append(read(name))
+        except Exception:                               # broken files raise anything; why is said when they are indexed
+            continue
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tar and zip
+
+MEMBER = np.dtype([("offset", "u8"), ("size", "u4"), ("deflated", "u1")])
+ROW = np.dtype([("key", "u8"), ("picture", MEMBER), ("width", "u4"), ("height", "u4"), ("txt", MEMBER), ("json", MEMBER)])
+NO_MEMBER = (0, 0, 0)
+
+
+class Archive:
+    """A tar or zip of pictures and their captions. Its index of offsets is kept: then any picture is one read away."""
+
+    def __init__(self, path, found):
+        self.path, self.found, self.lost, self.total, self.left_out = path, found, [], 0, []
+
+    def peek(self):
+        """Return the records of the first pictures."""
+        members, _ = list_members(self.path, 10 * PEEK)
+        pairs, _ = pair(members, self.found.image, self.path)
+
+        def read(picture):
+            blobs = [read_piece(self.path, *members[name], MAX_CAPTION) if name else None for name in pairs[picture]]
+            return make_record(*blobs, self.found.row_of(picture))
+        return records_of(list(pairs)[:PEEK], read)
+
+    def index(self):
+        """Make the index, or see that the kept one still holds. It stays on the disk: of many archives it is large."""
+        found = self.found
+        columns = [] if found.table else found.columns
+        self.place, arrays = kept(self.path, [found.image, *columns], lambda: scan(self.path, found.image, columns))
+        self.arrays = None if self.place else arrays
+        about = json.loads(arrays["about"].tobytes())
+        self.left_out, self.lost, self.count = about["left_out"], about["lost"], len(arrays["rows"])
+        self.total = self.count + len(self.lost)
+        self.good, self.names = None, None
+        if found.table:                                 # whose captions are in a table beside: names are needed at hand
+            rows, names = arrays["rows"], split_names(arrays)
+            self.good = [k for k in range(self.count) if self.has_caption(rows[k], names[k])]
+            self.names, self.count = [names[k] for k in self.good], len(self.good)
+            self.lost += [(name, found.no_caption()) for name in sorted(set(names) - set(self.names))]
+
+    def has_caption(self, row, name):
+        return bool(attempt(lambda: captions_in(self.record(row, name), self.found.columns)))
+
+    def record(self, row, name=None):
+        blobs = []
+        for member in (row["txt"], row["json"]):
+            blobs.append(read_piece(self.path, *member.item(), MAX_CAPTION) if member["size"] else None)
+        return make_record(*blobs, self.found.row_of(name) if name else None)
+
+    def table(self):
+        """Return the ROWs that can be used."""
+        rows = load_rows(self.place, os.getpid()) if self.place else self.arrays["rows"]
+        return rows if self.good is None else rows[self.good]
+
+    def __len__(self):
+        return self.count
+
+    def keys(self):
+        return self.table()["key"]
+
+    def sizes(self):
+        table = self.table()
+        return np.stack([table["width"], table["height"]], 1).astype(np.int64)
+
+    def groups(self):
+        return None
+
+    def captions(self, row):
+        name = self.names[row] if self.names else None
+        return captions_in(self.record(self.table()[row], name), self.found.columns)
+
+    def picture(self, row):
+        return read_piece(self.path, *self.table()[row]["picture"].item())
+
+    def name(self, row):
+        names = self.names or split_names(np.load(self.place) if self.place else self.arrays)
+        return f"{self.path.name}: {names[row]}"
+
+
+@functools.lru_cache(maxsize=64)
+def load_rows(place, process):
+    """Read the ROWs of a kept index: those of a few archives stay in memory."""
+    return np.load(place)["rows"]
+
+
+def split_names(arrays):
+    """Return the names of the rows of an index."""
+    blob = arrays["names"].tobytes().decode("utf-8", "surrogateescape")
+    return blob.split("\n") if blob else []
+
+
+def attempt(function, *args):
+    """Call a function; return None where it fails: why is told when somebody needs what is missing."""
+    try:
+        return function(*args)
+    except Exception:                                   # broken files raise anything
+        return None
+
+
+def list_members(path, limit=None):
+    """List the files in a tar or zip -> ({name: (offset, bytes, deflated)}, what is wrong with it or "").
+
+    Of two members of one name the last counts, as it does for tar itself.
+    """
+    members = {}
+    try:
+        if path.suffix.lower() == ".zip":
+            list_zip(path, members)
+            return members, ""
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    members[member.name] = member.offset_data, member.size, 0
+                elif member.islnk() and member.linkname in members:
+                    members[member.name] = members[member.linkname]
+                tar.members.clear()                     # else each header stays in memory
+                if limit and len(members) >= limit:
+                    return members, ""
+            size = path.stat().st_size
+            if any(read_piece(path, max(0, size - 512), min(512, size))):       # Python's reader does not mind
+                return members, "the tar is cut off"
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError, zlib.error, EOFError, NotImplementedError) as error:
+        return members, f"it cannot be read: {reason(error)}"
+    return members, ""
+
+
+def list_zip(path, members):
+    """Add the files in a zip to `members`."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not entry.flag_bits & 1
+            if entry.is_dir() or not plain:
+                continue
+            header = read_piece(path, entry.header_offset, 30)
+            skipped = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            offset = entry.header_offset + 30 + skipped
+            members[entry.filename] = offset, entry.compress_size, int(entry.compress_type == zipfile.ZIP_DEFLATED)
+
+
+def scan(path, image, columns):
+    """Make the index of an archive: the rows that can be used, their names, and what cannot be used and why.
+
+    With no `columns`, captions come from elsewhere and are not looked at.
+    """
+    members, wrong = list_members(path)
+    visible = [name for name in members if not os.path.basename(name).startswith(".")]
+    pairs, left_out = pair(visible, image, path)
+    rows, names, lost = [], [], []
+    if wrong:                                           # what is left of it may be anything: all of it counts as lost
+        lost = [(name, wrong) for name in pairs] or [(path.name, wrong)]
+        return pack_index(rows, names, lost, left_out)
+    for picture, (txt, json_name) in pairs.items():
+        places = [members[name] if name else NO_MEMBER for name in (picture, txt, json_name)]
+        try:
+            if columns:
+                blobs = [read_piece(path, *place, MAX_CAPTION) if place[1] else None for place in places[1:]]
+                if not captions_in(make_record(*blobs), columns):
+                    raise ValueError(f"no caption in {', '.join(columns)}")
+            width, height = size_of(io.BytesIO(read_piece(path, *places[0])))
+            rows.append((digest(path.stem, picture), places[0], width, height, *places[1:]))
+            names.append(picture)
+        except Exception as error:                      # broken files raise anything
+            lost.append((picture, reason(error)))
+    return pack_index(rows, names, lost, left_out)
+
+
+def pack_index(rows, names, lost, left_out):
+    """Return the arrays of an index: fixed rows, and what has any length as bytes."""
+    about = {"lost": lost, "left_out": left_out}
+    blob = "\n".join(name.replace("\n", " ") for name in names).encode("utf-8", "surrogateescape")
+    return {"rows": np.array(rows, ROW), "names": np.frombuffer(blob, np.uint8),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Parquet
+
+GROUP_BYTES = 256 * 2 ** 20     # of row groups that a process holds, and among whose rows pictures are shuffled
+
+
+class Parquet:
+    """Rows with the encoded picture in a column, read in place, a row group at a time."""
+
+    def __init__(self, path, found):
+        self.path, self.found, self.lost, self.total, self.left_out = path, found, [], 0, []
+
+    def peek(self):
+        """Return the records of some rows, of the first, the middle and the last row group."""
+        file = parquet_file(self.path, os.getpid())
+        texts = [field.name for field in file.schema_arrow if not is_binary(field.type)]
+        records = []
+        for group in sorted({0, file.num_row_groups // 2, file.num_row_groups - 1}):
+            if texts and file.num_row_groups:
+                rows = file.read_row_group(group, columns=texts, use_threads=False).slice(0, PEEK // 3).to_pylist()
+                records += rows
+        return records
+
+    def index(self):
+        """Read the footer; where aspect ratios matter (data.buckets) measure each picture once, which is kept."""
+        try:
+            file = parquet_file(self.path, os.getpid())
+            self.column = picture_column(file.schema_arrow, self.found.image, self.path)
+            present = [column for column in self.found.columns if column in file.schema_arrow.names]
+            if not (self.column and present):
+                raise ValueError(f"it has no column of pictures, or none of {', '.join(self.found.columns)}")
+        except (OSError, ValueError) as error:          # pyarrow's own are kinds of these
+            self.lost, self.total = [(self.path.name, f"it cannot be read: {reason(error)}")], 1
+            self.counts = np.zeros(0, np.int64)
+            return
+        status = ["status", *(f"{column}_status" for column in present)]
+        self.columns = present + [column for column in status if column in file.schema_arrow.names]
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        self.counts = np.array([group.num_rows for group in groups], np.int64)
+        self.bytes = np.array([group.total_byte_size for group in groups], np.int64)
+        self.total = len(self)
+        if self.found.measure:
+            self._sizes = kept(self.path, ["sizes", self.column], self.measure)[1]["sizes"]
+
+    def measure(self):
+        """Return the size of each picture; 1 x 1 where it cannot be told: that one is found to be bad when it is read."""
+        sizes = []
+        for row in range(len(self)):
+            sizes.append(attempt(lambda row=row: size_of(io.BytesIO(self.picture(row)))) or (1, 1))
+        return {"sizes": np.array(sizes, np.int64).reshape(-1, 2)}
+
+    def __len__(self):
+        return int(self.counts.sum())
+
+    def keys(self):
+        """Hash the numbers of the rows, by splitmix64."""
+        x = np.arange(len(self), dtype=np.uint64) + np.uint64(digest(self.path.name))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return x ^ (x >> np.uint64(31))
+
+    def sizes(self):
+        return self._sizes
+
+    def groups(self):
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def value(self, row, columns):
+        """Return the row's values of some columns, {column: value}."""
+        ends = np.cumsum(self.counts)
+        group = int(np.searchsorted(ends, row, "right"))
+        rows = row_group(self.path, group, tuple(columns))
+        return rows.slice(int(row - ends[group] + self.counts[group]), 1).to_pylist()[0]
+
+    def captions(self, row):
+        return captions_in(self.value(row, self.columns), self.found.columns)
+
+    def picture(self, row):
+        value = self.value(row, [self.column])[self.column]
+        blob = value["bytes"] if isinstance(value, dict) else value
+        if blob is None:
+            raise ValueError("the row holds no picture")
+        return blob
+
+    def name(self, row):
+        return f"{self.path.name}: row {row}"
+
+
+def is_binary(kind):
+    """Return "struct" or "bytes" for a type of columns that may hold encoded pictures, else ""."""
+    if str(kind) in ("binary", "large_binary", "binary_view"):
+        return "bytes"
+    return "struct" if str(kind).startswith("struct<") and "bytes: " in str(kind) else ""
+
+
+def picture_column(schema, asked, where):
+    """Choose the column of pictures of a parquet file; None where there is none."""
+    columns = [(field.name, is_binary(field.type)) for field in schema if is_binary(field.type)]
+    return choose_picture_column(columns, asked, where)
+
+
+@functools.lru_cache(maxsize=64)
+def parquet_file(path, process):
+    """Open a parquet file in this process and read its footer."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        fail("parquet files need a package: pip install pyarrow")
+    return pyarrow.parquet.ParquetFile(path)
+
+
+GROUPS = OrderedDict()          # the row groups that this process holds, the last used last
+
+
+def row_group(path, group, columns):
+    """Read columns of a row group, or find them among those that were read last."""
+    key = (path, group, columns, os.getpid())
+    if key not in GROUPS:
+        GROUPS[key] = parquet_file(path, os.getpid()).read_row_group(group, columns=list(columns), use_threads=False)
+        held = sum(rows.nbytes for rows in GROUPS.values())
+        while held > 1.5 * GROUP_BYTES and len(GROUPS) > 1:
+            held -= GROUPS.popitem(last=False)[1].nbytes
+    GROUPS.move_to_end(key)
+    return GROUPS[key]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables that name pictures: metadata.jsonl or .csv or .parquet, a json list, COCO's images and annotations
+
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+def read_table(path):
+    """Read a table -> a list of records. Raises ValueError or OSError where it is none."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        file = parquet_file(path, os.getpid())
+        return file.read(columns=[f.name for f in file.schema_arrow if not is_binary(f.type)]).to_pylist()
+    text = read_text_file(path)
+    if suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    if suffix == ".jsonl":
+        return [attempt(json.loads, line) or {} for line in text.splitlines() if line.strip()]
+    table = json.loads(text)
+    if isinstance(table, dict) and "images" in table and "annotations" in table:
+        return join_annotations(table)
+    return table if isinstance(table, list) else []
+
+
+def read_text_file(path):
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+
+
+def join_annotations(table):
+    """Join COCO's captions with its images -> [{"file_name", "caption": [...]}]."""
+    captions = {}
+    for annotation in table["annotations"]:
+        if isinstance(annotation.get("caption"), str):
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+    images = [image for image in table["images"] if image.get("id") in captions]
+    return [{"file_name": image.get("file_name"), "caption": captions[image["id"]]} for image in images]
+
+
+class Table:
+    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if only one has it."""
+
+    def __init__(self):
+        self.by_path, self.by_base, self.used = {}, {}, set()
+
+    def add(self, folder, records):
+        """Add the records of a table that lies in `folder` -> how many name a picture."""
+        count = 0
+        for record in records:
+            column = next((c for c in NAME_COLUMNS if isinstance(record, dict) and isinstance(record.get(c), (str, int))), None)
+            if column is None:
+                continue
+            name = stem_of(str(record[column]).replace("\\", "/").removeprefix("./"))
+            if name.startswith("/") or ".." in name.split("/"):
+                continue                                # outside of the folder
+            count += 1
+            base = name.rpartition("/")[2]
+            self.by_path[f"{folder}/{name}" if folder else name] = record
+            self.by_base[base] = None if base in self.by_base else record
+        return count
+
+    def find(self, picture):
+        """Return the record of a picture, or None."""
+        stem = stem_of(picture)
+        return self.by_path.get(stem) or self.by_base.get(stem.rpartition("/")[2])
+
+
+def stem_of(name):
+    """Cut the suffix of pictures from a name."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in PICTURE_SUFFIXES else name
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What a folder holds
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "test": "test", "testing": "test", "eval": "test"}
+SPLIT = re.compile(f"(?:^|[^a-z])({'|'.join(SPLITS)})(?=[^a-z]|$)")
+
+
+class Found:
+    """What was chosen for files of one kind: the columns of captions, the flag --data.image, the table that names pictures."""
+
+    def __init__(self, image="", measure=False):
+        self.image, self.measure = image, measure
+        self.columns, self.others, self.table = [], [], None
+
+    def row_of(self, picture):
+        return self.table.find(picture) if self.table else None
+
+    def no_caption(self):
+        return f"no caption in {', '.join(self.columns)}" if self.columns else "no caption"
+
+
+class Listing:
+    """The files of a source, by kind: names relative to its root, with "/" between folders."""
+
+    def __init__(self, names):
+        self.pictures, self.archives, self.parquet, self.tables, self.packed, self.rest = [], [], [], [], [], []
+        for name in sorted(names):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in PICTURE_SUFFIXES or suffix in (".txt", ".caption"):
+                self.pictures.append(name)
+            elif suffix in (".tar", ".zip"):
+                self.archives.append(name)
+            elif suffix == ".parquet":
+                self.parquet.append(name)
+            elif suffix in TABLE_SUFFIXES:
+                self.tables.append(name)
+            elif suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+                self.packed.append(name)
+            else:
+                self.rest.append(name)
+
+
+def walk(root):
+    """List the files below a folder -> (names, what was left out: hidden files and folders). Links are followed, each folder once."""
+    names, hidden, seen = [], 0, set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        hidden += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if relative == "." else f"{relative}/"
+        names += [prefix + name for name in files if not name.startswith(".")]
+    return names, hidden
+
+
+def split_of(name, by_file):
+    """Return "train", "val" or "test" where a folder (or, by_file, the file itself) of that name says so, else ""."""
+    parts = name.lower().split("/")
+    for part in parts if by_file else parts[:-1]:
+        match = SPLIT.search(part)
+        if match:
+            return SPLITS[match[1]]
+    return ""
+
+
+class Source:
+    """The files of one source: to train on and, where the source says so itself, to validate on."""
+
+    def __init__(self, root):
+        self.root, self.train, self.val, self.left_out, self.chosen = root, [], None, [], []
+
+    def leave_out(self, count, what):
+        if count:
+            self.left_out.append(f"{count:,} {what}")
+
+    def summary(self, counts=""):
+        """Say in one line what is read."""
+        kinds = Counter(type(file).__name__ for file in [*self.train, *(self.val or [])])
+        names = {"Folder": "folder", "Archive": "archive", "Parquet": "parquet file"}
+        files = ", ".join(f"{n:,} {names[kind]}{'s' * (n > 1)}" for kind, n in kinds.items())
+        left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"{self.root}: {files}{counts}; {'; '.join(self.chosen)}{left}"
+
+
+def find(root, names, config, ready=None):
+    """Find out what the named files below `root` are -> Source. `ready(path)` brings a file here before it is looked at."""
+    data, source = config.data, Source(root)
+    listing = Listing(names)
+    path_of = root.parent if root.is_file() else root
+    pictures_in_parquet = [name for name in listing.parquet if holds_pictures(path_of / name, data.image, ready)]
+    manifests = [name for name in listing.parquet if name not in set(pictures_in_parquet)]
+    stems = {stem_of(name) for name in listing.pictures}
+    tables = [name for name in listing.tables + manifests if os.path.splitext(name)[0] not in stems]
+    kinds = []
+    loose = [name for name in listing.pictures + listing.tables]
+    if any(os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES for name in listing.pictures):
+        kinds.append((Folder, loose))
+    kinds += [(Archive, listing.archives), (Parquet, pictures_in_parquet)]
+    kinds = [(kind, members) for kind, members in kinds if members]
+    if not kinds:
+        nothing_found(root, path_of, listing, tables)
+    splits = {split_of(name, kind is not Folder) for kind, members in kinds for name in members}
+    has_split = "train" in splits and bool(splits & {"val", "test"})
+    val_split = "val" if "val" in splits else "test"
+    source.val = [] if has_split else None
+    for kind, members in kinds:
+        found = Found(data.image, data.buckets)
+        sides = {"train": members}
+        if has_split:
+            sides = {"train": [], "val": [], "test": []}
+            for name in members:
+                sides[split_of(name, kind is not Folder) or "train"].append(name)
+        made = {side: build_files(kind, path_of, side_names, found) for side, side_names in sides.items()}
+        choose(kind, made["train"], found, (path_of, tables, data.caption), source, ready)
+        source.train += made["train"]
+        if has_split:
+            source.val += made[val_split]
+            other = "test" if val_split == "val" else "val"
+            source.leave_out(sum(1 for _ in made[other]), f"files of the {other} split")
+    source.leave_out(len(listing.packed), f"compressed files such as {listing.packed[0]}: unpack them" if listing.packed else "")
+    source.leave_out(len(manifests), "parquet files without pictures")
+    for suffix, count in Counter(os.path.splitext(name)[1].lower() or "nameless" for name in listing.rest).items():
+        source.leave_out(count, f"{suffix} files")
+    return source
+
+
+def holds_pictures(path, image, ready):
+    if ready:
+        return True                                     # behind a cache: looked at when it is here
+    try:
+        return picture_column(parquet_file(path, os.getpid()).schema_arrow, image, path) is not None
+    except (OSError, ValueError):
+        return True                                     # a damaged file: it will be counted as that
+
+
+def build_files(kind, root, names, found):
+    if kind is Folder:
+        return [Folder(root, names, found)] if names else []
+    return [kind(root / name, found) for name in names]
+
+
+def choose(kind, files, found, where, source, ready):
+    """Choose the columns of captions from what the first, the middle and the last file hold."""
+    root, tables, asked = where
+    records = []
+    picked = [0] if ready else sorted({0, len(files) // 2, len(files) - 1})
+    for number in picked:
+        if ready:
+            ready(files[number].path)
+        records += files[number].peek()
+    columns, _ = choose_captions(records, "", root)
+    texts = {column for record in records for column in record}
+    few = sum(bool(captions_in(record, columns)) for record in records) * 2 < len(records)
+    missing = asked and not set(asked.split(",")) <= texts
+    if kind is not Parquet and tables and (few or missing):
+        found.table = Table()
+        for name in tables:
+            rows = attempt(read_table, root / name) or []
+            if not found.table.add(name.rpartition("/")[0], rows):
+                continue
+            source.chosen.append(f"captions are joined with {name}")
+        records = [record for number in picked for record in files[number].peek()]
+    found.columns, found.others = choose_captions(records, asked, source.root)
+    others = f" (others: {', '.join(found.others)})" if found.others else ""
+    source.chosen.append(f"captions from {', '.join(found.columns) or 'nothing'}{others}")
+
+
+def nothing_found(root, folder, listing, tables):
+    """Stop, and say what is here instead of pictures and what to do."""
+    for name in tables:
+        records = attempt(read_table, folder / name) or []
+        record = next((r for r in records if isinstance(r, dict)), {})
+        link = next((column for column in LINK_COLUMNS if column in record), None)
+        if link:
+            columns, _ = choose_captions(records[:PEEK], "", root)
+            kind = os.path.splitext(name)[1][1:]
+            fail(f"{folder / name} lists addresses of pictures (column {link}) and holds none. Fetch them first: pip install "
+                 f"img2dataset; img2dataset --url_list={folder / name} --input_format={kind} --url_col={link} "
+                 f"--caption_col={columns[0] if columns else 'caption'} --output_format=webdataset --resize_mode=keep_ratio "
+                 f"--image_size=512 --output_folder=pictures")
+    if listing.packed:
+        fail(f"{root} holds compressed files such as {listing.packed[0]}: unpack them (tar -xf, gunzip), then name the folder")
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in listing.rest + tables)
+    held = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
+    fail(f"no pictures in {root}: want pictures with captions beside them (a.png + a.txt, metadata.jsonl), .tar, .zip or "
+         f".parquet; there is {held}")
