@@ -269,7 +269,7 @@ prx_1024 = replace(
 )
 
 nitro_512 = Config(
-    # python data.py prepare --config=nitro_512 --source=path/to/images --out=shards/nitro_512
+    # python -m tools.prepare --config=nitro_512 --data=path/to/pictures --out=shards/nitro_512
     # torchrun --nproc_per_node=8 train.py --config=nitro_512
     # AMD's Nitro-T-0.6B: 100k steps of 2048 on 32 MI300X, 440 GPU-hours. Not run by us.
     name="nitro_512",
@@ -293,7 +293,7 @@ nitro_1024 = replace(
 )
 
 nitro_1024_ft = replace(
-    # python data.py prepare --config=nitro_1024_ft --source=path/to/images --out=shards/nitro_1024
+    # python -m tools.prepare --config=nitro_1024_ft --data=path/to/pictures --out=shards/nitro_1024
     # torchrun --nproc_per_node=8 train.py --config=nitro_1024_ft --init=runs/nitro_1024
     # Second stage: at 1024 pixels, 20k steps of 2048, no REPA. Not run by us.
     nitro_1024, name="nitro_1024_ft", init="runs/nitro_1024",

@@ -49,7 +49,7 @@ def parts(c, tokens):
 
     def add(name, model, call, times=1.0):
         found[name] = times * counted(call), sum(p.numel() for p in model.parameters())
-    if not (c.latent.vae and c.data.source != "emoji"):                        # else all of it ran in data.py prepare
+    if not (c.latent.vae and c.data.source != "emoji"):                        # else all of it ran in tools/prepare.py
         if c.text.encoder != "bpe":
             model = pretrained.text_encoder(c, meta, weights=False).model                                 # some refuse to run without storage
             size = sum(p.numel() for p in model.parameters())

@@ -333,7 +333,7 @@ def frozen(c, device, has=(), weights=True):
     batches `has` what they would make. The autoencoder is wanted even then, to look at pictures."""
     encode = None if c.text.encoder == "bpe" or "text" in has else pretrained.text_encoder(c, device, weights)
     if c.align.teacher and "latent" in has and "teacher" not in has:
-        fail(f"{c.data.source} holds no features of --teacher={c.align.teacher}: prepare it with them, or train without, --teacher=")
+        fail(f"{c.data.source} holds no features of --teacher={c.align.teacher}: python -m tools.prepare stores them; or train without, --teacher=")
     teacher = pretrained.teacher(c, device, weights) if c.align.teacher and "teacher" not in has else None
     return encode, teacher, pretrained.VAE(c, device, weights) if c.latent.vae else None
 
@@ -400,7 +400,7 @@ def train(c):
     say(data.describe(dataset, held_out))
     agree(world, {"the data set": (index := dataset.digest)})
     first = dataset.get(data.first_items(dataset, 1)[0], 0)[0]
-    has = first if isinstance(first, dict) else {}                                                        # what `data.py prepare` made: see data.py
+    has = first if isinstance(first, dict) else {}                                                        # what tools/prepare.py made: see shards.py
     together(world, lambda: loaded.extend((*frozen(c, device, has), pretrained.perceptual(c, device))))     # a node may lack the files of one
     encode, teacher, vae, perceptual = loaded[2:]
     align_dim = teacher.dim if teacher else has["teacher"].shape[1] if "teacher" in has else 0

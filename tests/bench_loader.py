@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import configs, data, prepare
+import configs, data
+from tools import prepare
 
 WORDS = "red green blue apple car dog house tree on a the of and with".split()
 
@@ -93,7 +94,7 @@ def main():
         print(f"tars: {time.perf_counter() - begin:.2f} s with their index")
         for workers in (0, 1, 2):
             print(f"prepare, {workers} workers beside the process that encodes: ", end="", flush=True)
-            prepare.prepare([*flags, f"--data={home / 'tars'}", f"--out={home / f'shards{workers}'}", f"--data.workers={workers}"])
+            prepare.main([*flags, f"--data={home / 'tars'}", f"--out={home / f'shards{workers}'}", f"--data.workers={workers}"])
         for kind, workers in itertools.product(("folder", "tars", "shards0"), (1, 2, 4)):
             n = args.n * (10 if kind == "shards0" else 1)
             seconds, _ = loaded(configs.parse([*flags, f"--data={home / kind}", f"--data.workers={workers}"]), n)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import cluster
 import configs
 import muon
-import prepare
 import train
+from tools import prepare
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--config=debug --train.precision=fp32 --optim.ns_dtype=fp32 --model.size=16 --model.patch=4 --model.width=32 --model.depth=3 --text.vocab=400 "
@@ -387,8 +387,8 @@ def test_more_processes_than_gpus_is_said_by_the_first_one_too_many(monkeypatch)
         with pytest.raises(SystemExit) as stop:
             cluster.start()
         assert stop.value.code == code
-        with pytest.raises(SystemExit) as stop:                                                           # data.py prepare asks the same
-            prepare.encoder(configs.debug, False, None, local)
+        with pytest.raises(SystemExit) as stop:                                                           # tools/prepare.py asks the same
+            prepare.Encoder(configs.debug, False)
         assert stop.value.code == code
 
 

@@ -29,6 +29,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("clone")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, place)
+    shutil.copy(ROOT / "emoji.tsv", place)
+    shutil.copytree(ROOT / "tools", place / "tools")
     (place / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "make_dcae.py", place / "tests")
     (place / "path/to/folder").mkdir(parents=True)
@@ -54,7 +56,7 @@ def place(tmp_path_factory):
 def small(command):
     """The words of the command with sizes that take seconds; what the README itself gives comes last and wins, but for sizes."""
     words = shlex.split(command)
-    script = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    script = next(i for i, w in enumerate(words) if w.endswith(".py") or w.startswith("tools."))
     given = [w for w in words[script + 1:] if not w.startswith("--train.images")]
     if words[script] == "tests/make_dcae.py":
         given.append("--minutes=0.05")

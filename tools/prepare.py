@@ -99,6 +99,8 @@ def prepare(options, config):
     train, val = data.load(config)
     if train.prepared:
         configs.fail(f"--data={config.data.source} is prepared already: prepare reads pictures")
+    if rank == 0:
+        print(data.describe(train, val))
     plan = [*plan_shards(train, "train", options.shard), *plan_shards(val, "val", options.shard)]
     begin(root, settings(options, config, train, val), rank)
     encode = Encoder(config, options.fp8)
@@ -114,7 +116,7 @@ def prepare(options, config):
     count = sum(len(shard.items) for shard in plan[rank::world])
     count_todo = sum(len(shard.items) for shard in todo)
     start = time.perf_counter()
-    with tqdm(total=count, initial=count - count_todo, unit="img", disable=rank > 0, dynamic_ncols=True) as bar:
+    with tqdm(total=count, initial=count - count_todo, unit="img", disable=rank > 0) as bar:
         for number, batches in itertools.groupby(decoded_batches(todo, config), key=itemgetter(0)):
             tensors, bad = encode_shard(batches, encode, bar)
             write_shard(root, todo[number], tensors, bad)
@@ -142,8 +144,8 @@ def plan_shards(dataset, split, size):
 
 def settings(options, config, train, val):
     """Return everything on which the bytes of the shards depend, as {name: value}."""
-    return {"version": shards.VERSION, **shards.fingerprint(config), "fp8": options.fp8, "shard": options.shard,
-            "items": len(train) + len(val), "source": f"{train.digest} {val.digest}"}
+    return {**shards.fingerprint(config), "version": shards.VERSION, "fp8": options.fp8,
+            "shard": options.shard, "items": len(train) + len(val), "source": f"{train.digest} {val.digest}"}
 
 
 def begin(root, settings, rank):
@@ -357,24 +359,33 @@ def write_index(root, plan, config, known_bad, rank):
     index = {"version": shards.VERSION, "fingerprint": shards.fingerprint(config), "shards": records}
     with atomic(root / "index.json", rank) as part:
         part.write_text(json.dumps(index, indent=1))
-    totals = {key: sum(record[key] for record in made) for key in ("count", "bytes", "captions", "tokens")}
-    count, captions = totals["count"], totals["captions"]
-    print(f"{root}: {count} images in {len(made)} shards, {len(known_bad.known)} skipped; {totals['bytes'] / count:,.0f} bytes "
-          f"each, {captions / count:.3g} captions of {totals['tokens'] / captions:.3g} tokens")
+
+    def total(key):
+        return sum(record[key] for record in made)
+    count, captions = total("count"), total("captions")
+    print(f"{root}: {count} images in {len(made)} shards, {len(known_bad.known)} skipped; "
+          f"{total('bytes') / count:,.0f} bytes and {captions / count:.3g} captions each, "
+          f"of {total('tokens') / captions:.3g} tokens")
 
 
 def verify(argv):
     """Read every byte of prepared shards and compare with the sha256 in their index."""
     root = Path(configs.parse(argv).data.source)
-    if not (root / "index.json").is_file():
-        configs.fail(f"no index.json in {root}: --data=<folder that tools.prepare has finished>")
-    records = json.loads((root / "index.json").read_text())["shards"]
+    try:
+        records = json.loads((root / "index.json").read_text())["shards"]
+    except (OSError, ValueError, KeyError) as error:
+        why = reason(error)
+        configs.fail(f"index.json of {root} cannot be read ({why}): --data=<folder of finished shards>")
     records = [record for record in records if record["count"]]
     damaged = []
     for record in tqdm(records, unit="shard"):
+        path = root / f"{record['name']}.safetensors"
         problem = shards.damage(root, record)
-        if not problem and sha256(root / f"{record['name']}.safetensors") != record["sha256"]:
-            problem = f"{record['name']}.safetensors does not match its sha256"
+        try:
+            if not problem and sha256(path) != record["sha256"]:
+                problem = f"{path.name} does not match its sha256"
+        except OSError as error:
+            problem = f"{path.name}: {reason(error)}"
         if problem:
             damaged.append(problem)
     if damaged:
