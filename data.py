@@ -56,9 +56,9 @@ def load(config):
         parts.append(open_source(name, config, bad, len(named)))
     if len({part.prepared is None for part in parts}) > 1:
         fail(f"{config.data.source} mixes prepared shards with pictures: prepare all of it or nothing")
-    weights = [weight for _, weight in named]
-    if weights[0] is None:
-        if len(parts) > 1 and any(part.store for part in parts):
+    weights = [weight or 1 for _, weight in named]
+    if len(parts) > 1 and named[0][1] is None:
+        if any(part.store for part in parts):
             fail(f"{config.data.source}: how large the sets behind a cache are is not known: give weights, as in a:0.7,b:0.3")
         weights = [sum(len(file) for file in part.train) for part in parts]
     train = Dataset(config, parts, weights, "train", bad)
@@ -146,8 +146,7 @@ def open_store(url, config, bad, count):
         return open_prepared(store.folder, config, store)
     if config.data.buckets:
         fail(f"{url}: --data.buckets wants the size of every picture before the start: train without it, or prepare shards first")
-    ready = lambda path: store.fetch(path.relative_to(store.folder).as_posix())
-    source = sources.find(store.folder, list(store.sizes), config, ready)
+    source = sources.find(store.folder, list(store.sizes), config, store.fetch_path)
     if any(isinstance(file, sources.Folder) for file in source.train):
         fail(f"{url}: pictures that lie singly are not read through a cache: pack them into tars")
     total = download.gigabytes(sum(store.sizes.values()))
@@ -253,13 +252,22 @@ class Dataset:
 
     def file(self, number):
         """Return a file, fetched and indexed if it was not."""
-        file, store = self.files[number], self.part_of[number].store
-        if store and not file.path.is_file():
-            store.fetch(file.path.relative_to(store.folder).as_posix())
-        if store and not hasattr(file, "indexed"):
+        file = self.files[number]
+        if self.part_of[number].store and not hasattr(file, "indexed"):
             file.index()
             file.indexed = True
         return file
+
+    def here(self, number):
+        """Return a file whose rows are about to be read: one behind a cache is fetched, if it was dropped."""
+        store = self.part_of[number].store
+        if store:
+            store.fetch(self.name_of(number))
+        return self.file(number)
+
+    def name_of(self, number):
+        """Return the name of a file in its store."""
+        return self.files[number].path.relative_to(self.part_of[number].store.folder).as_posix()
 
     @functools.lru_cache(maxsize=64)
     def rows(self, number):
@@ -295,18 +303,22 @@ class Dataset:
         return np.concatenate(found)
 
     def shape_of(self, item):
+        """Return the shape (H, W) of an item."""
+        if len(self.shapes) == 1:
+            return self.shapes[0]
         rows, which = self.rows(int(item[0]))
         return self.shapes[int(which[np.searchsorted(rows, item[1])])]
 
     def captions(self, item):
-        return self.file(int(item[0])).captions(int(item[1])) or [""]
+        """Return the captions of an item, at least one: "" if it has none."""
+        return self.here(int(item[0])).captions(int(item[1])) or [""]
 
     def name(self, item):
         return self.file(int(item[0])).name(int(item[1]))
 
     def picture(self, item):
         """Return the picture, uint8 (3, H, W), cut to its shape."""
-        file, row = self.file(int(item[0])), int(item[1])
+        file, row = self.here(int(item[0])), int(item[1])
         if isinstance(file, emoji.Emoji):
             return file.image(row)
         blob = file.picture(row)
@@ -314,7 +326,7 @@ class Dataset:
 
     def read(self, item, choice):
         """Return (picture or sample, caption). What cannot be used raises anything."""
-        file, row = self.file(int(item[0])), int(item[1])
+        file, row = self.here(int(item[0])), int(item[1])
         if self.prepared:
             return file.sample(row, choice)
         captions = file.captions(row)
@@ -325,18 +337,20 @@ class Dataset:
     def get(self, item, choice):
         """`read`, where an item that cannot be used gives way to the next of its file and shape."""
         number, row = int(item[0]), int(item[1])
-        rows, which = self.rows(number)
-        place = int(np.searchsorted(rows, row))
-        alike = rows[which == which[place]]
-        first = int(np.searchsorted(alike, row))
-        for other in np.roll(alike, -first):
+        for other in itertools.chain([row], self.rows_after(number, row)):
             try:
                 return self.read((number, other), choice)
             except Exception as error:                  # broken files raise anything
                 why = reason(error)
-                self.bad.found[number, int(other)] = attempt(self.name, (number, other)) or f"row {other}", why
+                self.bad.found[number, other] = attempt(self.name, (number, other)) or f"row {other}", why
                 self.bad.hits += other == row
         fail(f"nothing in {self.files[number].path} can be read: {why}")
+
+    def rows_after(self, number, row):
+        """Yield the other rows of a file that have the shape of this one, the next first."""
+        rows, which = self.rows(number)
+        alike = rows[which == which[np.searchsorted(rows, row)]]
+        yield from np.roll(alike, -int(np.searchsorted(alike, row)))[1:].tolist()
 
     @functools.cached_property
     def digest(self):
@@ -535,15 +549,14 @@ class Stream:
         dataset = self.dataset
         store = dataset.part_of[window[0]].store
         if store:
-            names = lambda numbers: [dataset.files[n].path.relative_to(store.folder).as_posix() for n in numbers]
-            store.hold(names(window), names(coming))
+            store.hold([dataset.name_of(n) for n in window], [dataset.name_of(n) for n in coming])
 
     def check_room(self, window):
         """Stop if the files of a window do not fit into half of the cache: the other half is for those that come."""
         store = self.dataset.part_of[window[0]].store
         if not store or len(window) < 2:
             return
-        size = sum(store.sizes[self.dataset.files[n].path.relative_to(store.folder).as_posix()] for n in window)
+        size = sum(store.sizes[self.dataset.name_of(n)] for n in window)
         if size > store.limit / 2:
             held = sum(self.count(file) for file in window[:-1])
             fail(f"a window of --data.window={self.dataset.window} items does not fit into half of the cache: "

@@ -192,6 +192,9 @@ class Store:
             return None
         return path
 
+    def fetch_path(self, path):
+        return self.fetch(path.relative_to(self.folder).as_posix())
+
     def copy(self, name, part):
         self.files[0].get_file(self.address(name), str(part))
         size = part.stat().st_size
@@ -201,7 +204,9 @@ class Store:
     def make_room(self, size):
         """Drop the files that were used longest ago, but none that is held, until `size` bytes fit -> whether they do."""
         with FileLock(self.folder / "room.lock"):
-            files = {path: path.stat() for path in self.folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".json")}
+            kept = ("*.lock", "listing.json", ".*")     # not the store's: indices begin with a dot
+            files = [path for path in self.folder.rglob("*") if path.is_file() and not any(map(path.match, kept))]
+            files = {path: path.stat() for path in files}
             used = sum(stat.st_size for stat in files.values())
             held = {self.path(name) for name in self.held | self.pinned}
             for path in sorted(files, key=lambda path: files[path].st_mtime):

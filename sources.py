@@ -42,7 +42,7 @@ PICTURE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF")   # Pillow opens others, some by running programs
 MAX_PIXELS = 100_000_000
 MAX_CAPTION = 1_000_000         # bytes of a caption file that are read
-PEEK = 200                      # rows that are looked at to choose the columns
+PEEK = 100                      # rows that are looked at to choose the columns
 
 # Names of columns, keys and views that hold the picture itself, and words of names that hold something about it.
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "output", "output_image", "picture")
@@ -270,12 +270,13 @@ def mark_of(path, choice):
     return json.dumps([3, stat.st_size, stat.st_mtime_ns, ends, choice])
 
 
-def kept(path, choice, make):
+def kept(path, choice, make, fetch=None):
     """Return (place, {name: array}) for a file: as kept, if the file is still the same, else from make(), which is then kept.
 
-    The place is the path of the kept arrays, None where nothing can be written.
+    The place is the path of the kept arrays, None where nothing can be written. A file that comes through a cache need not
+    be here for that: it is fetched, by fetch(path), to be indexed for the first time.
     """
-    mark = mark_of(path, choice)
+    mark = json.dumps(choice) if fetch else mark_of(path, choice)
     name = f"{path.name}.{digest(*map(str, choice)) % 16 ** 6:06x}.index.npz"
     places = [cache_folder() / f"{digest(path.resolve()):016x}.{name}"]
     if not path.is_symlink():                           # a link's own folder says nothing of the file
@@ -287,6 +288,8 @@ def kept(path, choice, make):
                 return place, index
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             continue                                    # there is none, or it is damaged
+    if fetch:
+        fetch(path)
     arrays = make()
     arrays["mark"] = np.frombuffer(mark.encode(), np.uint8)
     for place in places:
@@ -407,7 +410,7 @@ class Archive:
 
     def peek(self):
         """Return the records of the first pictures."""
-        members, _ = list_members(self.path, 10 * PEEK)
+        members, _ = list_members(self.path, 4 * PEEK)
         pairs, _ = pair(members, self.found.image, self.path)
 
         def read(picture):
@@ -419,7 +422,7 @@ class Archive:
         """Make the index, or see that the kept one still holds. It stays on the disk: of many archives it is large."""
         found = self.found
         columns = [] if found.table else found.columns
-        self.place, arrays = kept(self.path, [found.image, *columns], lambda: scan(self.path, found.image, columns))
+        self.place, arrays = kept(self.path, [found.image, *columns], lambda: scan(self.path, found.image, columns), found.fetch)
         self.arrays = None if self.place else arrays
         about = json.loads(arrays["about"].tobytes())
         self.left_out, self.lost, self.count = about["left_out"], about["lost"], len(arrays["rows"])
@@ -562,7 +565,11 @@ def pack_index(rows, names, lost, left_out):
     about = {"lost": lost, "left_out": left_out}
     blob = "\n".join(name.replace("\n", " ") for name in names).encode("utf-8", "surrogateescape")
     return {"rows": np.array(rows, ROW), "names": np.frombuffer(blob, np.uint8),
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+            "about": pack_json(about)}
+
+
+def pack_json(value):
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -589,25 +596,33 @@ class Parquet:
         return records
 
     def index(self):
-        """Read the footer; where aspect ratios matter (data.buckets) measure each picture once, which is kept."""
+        """Read the footer, or what was kept of it; where aspect ratios matter (data.buckets) measure each picture once."""
+        found = self.found
+        _, arrays = kept(self.path, ["footer", found.image, *found.columns], self.read_footer, found.fetch)
+        about = json.loads(arrays["about"].tobytes())
+        self.column, self.columns, self.lost = about["column"], about["columns"], about["lost"]
+        self.counts, self.bytes = arrays["counts"], arrays["bytes"]
+        self.total = len(self) + len(self.lost)
+        if found.measure:
+            self._sizes = kept(self.path, ["sizes", self.column], self.measure)[1]["sizes"]
+
+    def read_footer(self):
+        """Return the rows and bytes of each row group, the columns to read, and what is wrong with the file."""
+        about, groups = {"column": None, "columns": [], "lost": []}, []
         try:
             file = parquet_file(self.path, os.getpid())
-            self.column = picture_column(file.schema_arrow, self.found.image, self.path)
-            present = [column for column in self.found.columns if column in file.schema_arrow.names]
-            if not (self.column and present):
+            names = file.schema_arrow.names
+            about["column"] = picture_column(file.schema_arrow, self.found.image, self.path)
+            present = [column for column in self.found.columns if column in names]
+            if not (about["column"] and present):
                 raise ValueError(f"it has no column of pictures, or none of {', '.join(self.found.columns)}")
+            status = ["status", *(f"{column}_status" for column in present)]
+            about["columns"] = present + [column for column in status if column in names]
+            groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
         except (OSError, ValueError) as error:          # pyarrow's own are kinds of these
-            self.lost, self.total = [(self.path.name, f"it cannot be read: {reason(error)}")], 1
-            self.counts = np.zeros(0, np.int64)
-            return
-        status = ["status", *(f"{column}_status" for column in present)]
-        self.columns = present + [column for column in status if column in file.schema_arrow.names]
-        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-        self.counts = np.array([group.num_rows for group in groups], np.int64)
-        self.bytes = np.array([group.total_byte_size for group in groups], np.int64)
-        self.total = len(self)
-        if self.found.measure:
-            self._sizes = kept(self.path, ["sizes", self.column], self.measure)[1]["sizes"]
+            about["lost"] = [(self.path.name, f"it cannot be read: {reason(error)}")]
+        return {"counts": np.array([group.num_rows for group in groups], np.int64),
+                "bytes": np.array([group.total_byte_size for group in groups], np.int64), "about": pack_json(about)}
 
     def measure(self):
         """Return the size of each picture; 1 x 1 where it cannot be told: that one is found to be bad when it is read."""
@@ -774,10 +789,13 @@ SPLIT = re.compile(f"(?:^|[^a-z])({'|'.join(SPLITS)})(?=[^a-z]|$)")
 
 
 class Found:
-    """What was chosen for files of one kind: the columns of captions, the flag --data.image, the table that names pictures."""
+    """What was chosen for files of one kind: the columns of captions, the flag --data.image, the table that names pictures.
 
-    def __init__(self, image="", measure=False):
-        self.image, self.measure = image, measure
+    fetch(path) brings a file here that comes through a cache; None where the files are here.
+    """
+
+    def __init__(self, image, measure, fetch):
+        self.image, self.measure, self.fetch = image, measure, fetch
         self.columns, self.others, self.table = [], [], None
 
     def row_of(self, picture):
@@ -854,12 +872,12 @@ class Source:
         return f"{self.root}: {files}{counts}; {'; '.join(self.chosen)}{left}"
 
 
-def find(root, names, config, ready=None):
-    """Find out what the named files below `root` are -> Source. `ready(path)` brings a file here before it is looked at."""
+def find(root, names, config, fetch=None):
+    """Find out what the named files below `root` are -> Source. `fetch(path)` brings a file here before it is looked at."""
     data, source = config.data, Source(root)
     listing = Listing(names)
     path_of = root.parent if root.is_file() else root
-    pictures_in_parquet = [name for name in listing.parquet if holds_pictures(path_of / name, data.image, ready)]
+    pictures_in_parquet = [name for name in listing.parquet if holds_pictures(path_of / name, data.image, fetch)]
     manifests = [name for name in listing.parquet if name not in set(pictures_in_parquet)]
     stems = {stem_of(name) for name in listing.pictures}
     tables = [name for name in listing.tables + manifests if os.path.splitext(name)[0] not in stems]
@@ -876,14 +894,14 @@ def find(root, names, config, ready=None):
     val_split = "val" if "val" in splits else "test"
     source.val = [] if has_split else None
     for kind, members in kinds:
-        found = Found(data.image, data.buckets)
+        found = Found(data.image, data.buckets, fetch)
         sides = {"train": members}
         if has_split:
             sides = {"train": [], "val": [], "test": []}
             for name in members:
                 sides[split_of(name, kind is not Folder) or "train"].append(name)
         made = {side: build_files(kind, path_of, side_names, found) for side, side_names in sides.items()}
-        choose(kind, made["train"], found, (path_of, tables, data.caption), source, ready)
+        choose(kind, made["train"], found, (path_of, tables, data.caption), source)
         source.train += made["train"]
         if has_split:
             source.val += made[val_split]
@@ -896,8 +914,9 @@ def find(root, names, config, ready=None):
     return source
 
 
-def holds_pictures(path, image, ready):
-    if ready:
+def holds_pictures(path, image, fetch):
+    """Tell whether a parquet file has a column of pictures."""
+    if fetch:
         return True                                     # behind a cache: looked at when it is here
     try:
         return picture_column(parquet_file(path, os.getpid()).schema_arrow, image, path) is not None
@@ -911,14 +930,14 @@ def build_files(kind, root, names, found):
     return [kind(root / name, found) for name in names]
 
 
-def choose(kind, files, found, where, source, ready):
+def choose(kind, files, found, where, source):
     """Choose the columns of captions from what the first, the middle and the last file hold."""
     root, tables, asked = where
     records = []
-    picked = [0] if ready else sorted({0, len(files) // 2, len(files) - 1})
+    picked = [0] if found.fetch else sorted({0, len(files) // 2, len(files) - 1})
     for number in picked:
-        if ready:
-            ready(files[number].path)
+        if found.fetch:
+            found.fetch(files[number].path)
         records += files[number].peek()
     columns, _ = choose_captions(records, "", root)
     texts = {column for record in records for column in record}
