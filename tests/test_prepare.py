@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -267,6 +268,34 @@ def test_pixels_and_own_text(source, tmp_path):
             assert np.array_equal(sample["image"].numpy(), online.picture(wanted[captions]))
     batch = run(stored, p, 1)[0]
     assert batch.keys() == {"image", "ids", "mask", "caption"} and batch["image"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_from_archives(source, tmp_path, kind):
+    """As from the folder. A row of null captions is bad, which only reading it tells."""
+    paths = sorted(path for path in source.iterdir() if path.suffix != ".txt")
+    (tmp_path / "in").mkdir()
+    if kind == "tar":
+        with tarfile.open(tmp_path / "in" / "a.tar", "w") as tar:
+            for path in sorted(source.iterdir()):
+                tar.add(path, path.name)
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        rows = []
+        for path in paths:
+            captions = path.with_suffix(".txt").read_text().splitlines()
+            rows.append({"image": {"bytes": path.read_bytes(), "path": path.name}, "caption": captions})
+        rows.append({**rows[0], "caption": [None]})
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in" / "a.parquet", row_group_size=5)
+    prepare("--config=debug", f"--data={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--data.max_bad=0.1")
+    folder, stored = data.load(config(f"--data={source}")), data.load(config(f"--data={tmp_path / 'out'}"))
+    wanted, found = {}, {}
+    for side in folder:
+        wanted.update({captions: side.picture(item) for captions, item in by_captions(side).items()})
+    for side in stored:
+        found.update({captions: side.get(item, 0)[0]["image"] for captions, item in by_captions(side).items()})
+    assert wanted.keys() == found.keys() and len(found) == 24
+    assert all(np.array_equal(found[captions].numpy(), wanted[captions]) for captions in found)
 
 
 def test_features_of_another_teacher_are_not_used(hub, source, tmp_path):

@@ -362,10 +362,10 @@ def write_index(root, plan, config, known_bad, rank):
 
     def total(key):
         return sum(record[key] for record in made)
-    count, captions = total("count"), total("captions")
+    count, captions, tokens = total("count"), total("captions"), total("tokens")
     print(f"{root}: {count} images in {len(made)} shards, {len(known_bad.known)} skipped; "
-          f"{total('bytes') / count:,.0f} bytes and {captions / count:.3g} captions each, "
-          f"of {total('tokens') / captions:.3g} tokens")
+          f"{total('bytes') / count:,.0f} bytes and {captions / count:.3g} captions each"
+          + f" of {tokens / captions:.3g} tokens" * (tokens > 0))
 
 
 def verify(argv):
