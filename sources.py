@@ -88,8 +88,8 @@ def captions_in(record, columns):
             continue
         for line in value if isinstance(value, list) else [value]:
             line = " ".join(line.split())
-            line.encode()                               # half of a surrogate pair is JSON but no text: UnicodeError
-            if line and line not in found:
+            is_unicode = line == line.encode("utf-8", "ignore").decode()        # half of a surrogate pair is JSON but no text
+            if line and is_unicode and line not in found:
                 found.append(line)
     return found
 
@@ -350,7 +350,7 @@ class Folder:
         """Look at each picture's header and captions; keep those that can be used."""
         names = sorted(self.pairs)
         bar = tqdm(names, desc="checking pictures", leave=False, disable=len(names) < 5000)
-        self.total = len(names)
+        self.total = len(names) + len(self.lost)
         sizes = []
         for name in bar:
             try:
@@ -721,6 +721,8 @@ TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 def read_table(path):
     """Read a table -> a list of records. Raises ValueError or OSError where it is none."""
     suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return [attempt(json.loads, line) for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     if suffix == ".parquet":
         file = parquet_file(path, os.getpid())
         return file.read(columns=[field.name for field in file.schema_arrow if not is_binary(field.type)]).to_pylist()
@@ -732,7 +734,7 @@ def read_table(path):
     if suffix in (".csv", ".tsv"):
         return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
     if suffix == ".jsonl":
-        return [attempt(json.loads, line) or {} for line in text.splitlines() if line.strip()]
+        return [attempt(json.loads, line) for line in text.split("\n") if line.strip()]
     table = json.loads(text)
     if isinstance(table, dict) and "images" in table and "annotations" in table:
         return join_annotations(table)
@@ -750,33 +752,64 @@ def join_annotations(table):
 
 
 class Table:
-    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if only one has it."""
+    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if only one has it.
+
+    lost: rows of a metadata file that name no picture, [(name, why)]. Other tables may well name pictures that are not here.
+    """
 
     def __init__(self):
-        self.by_path, self.by_base = {}, {}
+        self.by_path, self.by_base, self.promised, self.lost = {}, {}, [], []
 
-    def add(self, folder, records):
-        """Add the records of a table that lies in `folder` -> how many name a picture."""
-        count = 0
-        for record in records:
-            if not isinstance(record, dict):
-                continue
-            names = [record[column] for column in NAME_COLUMNS if isinstance(record.get(column), (str, int))]
-            if not names:
-                continue
-            name = stem_of(str(names[0]).replace("\\", "/").removeprefix("./"))
-            if name.startswith("/") or ".." in name.split("/"):
-                continue                                # outside of the folder
-            count += 1
-            base = name.rpartition("/")[2]
-            self.by_path[f"{folder}/{name}" if folder else name] = record
-            self.by_base[base] = None if base in self.by_base else record
+    def add(self, table, records):
+        """Add the records of a table -> how many of them name a picture."""
+        folder = table.rpartition("/")[0]
+        is_metadata = os.path.basename(table).startswith("metadata.")
+        lost, count = [], 0
+        for number, record in enumerate(records, 1):
+            name = self.picture_of(record)
+            if not name:
+                lost.append((f"{table}: row {number}", "it is no record that names a picture"))
+            elif name.startswith("/") or ".." in name.split("/"):
+                lost.append((name, "it lies outside of the folder"))
+            else:
+                count += 1
+                path = f"{folder}/{name}" if folder else name
+                self.promised += [path] if is_metadata else []
+                stem = stem_of(path)
+                if stem in self.by_path:                # several rows of a picture are several captions
+                    record = merge(self.by_path[stem], record)
+                base = stem.rpartition("/")[2]
+                self.by_base[base] = None if self.by_base.get(base, stem) != stem else stem
+                self.by_path[stem] = record
+        self.lost += lost if is_metadata else []
         return count
+
+    def picture_of(self, record):
+        """Return the name of the picture of a record; None where there is none."""
+        if not isinstance(record, dict):
+            return None
+        names = [record[column] for column in NAME_COLUMNS if isinstance(record.get(column), (str, int))]
+        return str(names[0]).replace("\\", "/").removeprefix("./") if names else None
 
     def find(self, picture):
         """Return the record of a picture, or None."""
         stem = stem_of(picture)
-        return self.by_path.get(stem) or self.by_base.get(stem.rpartition("/")[2])
+        return self.by_path.get(stem) or self.by_path.get(self.by_base.get(stem.rpartition("/")[2]))
+
+    def missing(self, pictures):
+        """Return what cannot be used of the metadata files, given the pictures that are here: [(name, why)]."""
+        here = {stem_of(picture) for picture in pictures}
+        return self.lost + [(name, "there is no such picture") for name in self.promised if stem_of(name) not in here]
+
+
+def merge(one, other):
+    """Merge two records of a picture: the texts of a column become a list."""
+    merged = dict(one)
+    for column, value in other.items():
+        if is_text(value) and is_text(one.get(column)):
+            both = [x if isinstance(x, list) else [x] for x in (one[column], value)]
+            merged[column] = both[0] + both[1]
+    return merged
 
 
 def stem_of(name):
@@ -868,6 +901,8 @@ def find(root, names, config, fetch=None, label=None):
         train = open_files(kind, folder, sides["train"], chosen)
         val = open_files(kind, folder, sides.get(held_out, []), chosen)
         choose_columns(train or val, chosen, folder, tables, config.data.caption, source)
+        if kind is Folder and chosen.table:
+            train[0].lost += chosen.table.missing(members)
         source.train += train
         if source.val is not None:
             source.val += val
@@ -939,8 +974,12 @@ def choose_columns(files, chosen, folder, tables, asked, source):
     if tables and not isinstance(files[0], Parquet) and (2 * filled < len(records) or not wanted <= known):
         chosen.table = Table()
         for name in tables:
-            count = chosen.table.add(name.rpartition("/")[0], attempt(read_table, folder / name) or [])
-            if count:
+            try:
+                rows = read_table(folder / name)
+            except Exception as error:                  # pyarrow, csv and json each have their own
+                source.notes.append(f"{name} cannot be read: {reason(error)}")
+                continue
+            if chosen.table.add(name, rows):
                 source.notes.append(f"captions by name of picture in {name}")
         records = [record for file in looked_at for record in file.peek()]
     chosen.columns, others = choose_captions(records, asked, source.label)
