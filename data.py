@@ -117,16 +117,16 @@ def open_source(name, config, bad, count):
     else:
         fail(f"no folder {path}; data.source is a folder of captioned pictures, a .tar, .zip or .parquet, hf:owner/name, or emoji")
     source = sources.find(path, names, config)
-    source.leave_out(hidden, "hidden folders")
+    source.left_out["hidden folders"] = hidden
     for file in tqdm(in_turn([*source.train, *(source.val or [])]), desc="indexing", leave=False, disable=len(names) < 10):
         file.index()
         bad.add(file)
-        source.leave_out(len(file.left_out), f"further pictures of names in {file.path.name}")
+        source.left_out["pictures beside the one meant, such as masks"] += len(file.left_out)
     bad.note()
     if not sum(len(file) for file in source.train):
         fail(f"no picture in {path} can be used: {bad.example()}")
-    part = Part(source.train, source.val, source.summary)
-    if source.val is None:
+    part = Part(source.train, source.val, source.summary())
+    if not sum(len(file) for file in source.val or []):
         part.val, part.limit = source.train, hold_out(source.train)
     return part
 
@@ -146,11 +146,11 @@ def open_store(url, config, bad, count):
         return open_prepared(store.folder, config, store)
     if config.data.buckets:
         fail(f"{url}: --data.buckets wants the size of every picture before the start: train without it, or prepare shards first")
-    source = sources.find(store.folder, list(store.sizes), config, store.fetch_path)
+    source = sources.find(store.folder, list(store.sizes), config, store.fetch_path, url)
     if any(isinstance(file, sources.Folder) for file in source.train):
         fail(f"{url}: pictures that lie singly are not read through a cache: pack them into tars")
     total = download.gigabytes(sum(store.sizes.values()))
-    summary = functools.partial(source.summary, f", {total} through a cache of {config.data.cache} in {store.folder}")
+    summary = source.summary(f", {total} through a cache of {config.data.cache} in {store.folder}")
     part = Part(source.train, source.val, summary, store)
     part.limit = np.uint64(HELD_OUT * 2 ** 64) if source.val is None else None
     part.val, held = [], 0
@@ -227,7 +227,7 @@ class Dataset:
                 self.count(number)
         for part, weight, numbers in zip(parts, weights, ranges):
             self.add_streams(part, weight / sum(weights), numbers)
-        self.summary = "; ".join(part.summary() if callable(part.summary) else part.summary for part in parts)
+        self.summary = "\n".join(part.summary for part in parts)
 
     def both(self):
         """Return the items of both sides as one set."""
@@ -248,7 +248,7 @@ class Dataset:
 
     @property
     def emoji(self):
-        return self.files[0] if isinstance(self.files[0], emoji.Emoji) else None
+        return self.files[0] if len(self.files) == 1 and isinstance(self.files[0], emoji.Emoji) else None
 
     def file(self, number):
         """Return a file, fetched and indexed if it was not."""
@@ -293,10 +293,16 @@ class Dataset:
                 self.bad.note()
         return self.counts[number]
 
-    def items(self, shape=None):
-        """Return every item (of a shape), in the order of the files: int64 (n, 2)."""
+    def items(self, shape=None, here=False):
+        """Return every item (of a shape), in the order of the files: int64 (n, 2).
+
+        `here`: of files behind a cache only those that the validation set pins there, else the first.
+        """
         found = [np.empty((0, 2), np.int64)]
-        for number in range(len(self.files)):
+        for number, file in enumerate(self.files):
+            part = self.part_of[number]
+            if here and part.store and file is not part.train[0] and file not in part.val:
+                continue
             rows, which = self.rows(number)
             rows = rows if shape is None else rows[which == shape]
             found.append(np.stack([np.full(len(rows), number), rows], 1))
@@ -355,9 +361,9 @@ class Dataset:
     @functools.cached_property
     def digest(self):
         """A hash of what the set is: its files, how many items each has, some captions. The same on every rank, or the run stops."""
-        about = [str(self.counts.tolist()) if not self.part_of[0].store else "", *(file.path.name for file in self.files if hasattr(file, "path"))]
-        some = first_items(self, 64)
-        text = repr((about, [self.captions(item) for item in some]))
+        names = [file.path.name for file in self.files if hasattr(file, "path")]
+        counts = "" if self.part_of[0].store else self.counts.tolist()         # behind a cache they become known as it is read
+        text = repr((names, counts, [self.captions(item) for item in first_items(self, 64)]))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -622,20 +628,16 @@ def micro_batches(dataset, config, start_step, rank, world):
 
 def first_items(dataset, n):
     """Return the first n items (all, if there are fewer) of a fixed order, which depends on nothing but the set."""
-    n = min(n, len(dataset)) if not any(part.store for part in dataset.part_of) or dataset.side == "val" else n
-    order = Order(dataset, 0, 1) if len(dataset.streams) == 1 else None
-    if order:
-        return [order.at(p) for p in range(n)]
-    items = dataset.items()
+    if len(dataset.streams) == 1 and not dataset.part_of[0].store:
+        order = Order(dataset, 0, 1)
+        return [order.at(position) for position in range(min(n, len(dataset)))]
+    items = dataset.items(here=True)
     return list(items[permutation(len(items), 0, 0)[:n]])
 
 
 def some_captions(dataset, n):
-    """Return the captions of about n items: spread over the set, or, behind a cache, of the first window."""
-    if dataset.part_of[0].store:
-        items = first_items(dataset, min(n, len(dataset)))
-    else:
-        items = dataset.items()[::1 + len(dataset) // n]
+    """Return the captions of about n items, spread over the set; behind a cache, over what of it is here."""
+    items = dataset.items(here=True)[::1 + len(dataset) // n]
     return [caption for item in items for caption in dataset.captions(item)]
 
 
@@ -728,7 +730,10 @@ def describe(train, val):
     some = [train.captions(item)[0] for item in first_items(train, 3)]
     same = val.files == train.files and len(val) == len(train) and not train.part_of[0].limit
     held_out = "the same held out: there is only one" if same else f"{len(val):,} held out"
-    lines = [train.summary, f"{len(train):,} items to train on, {held_out}; captions such as:"]
+    count = f"{len(train):,} items"
+    if any(part.store for part in train.part_of):
+        count = "items (counted as they are read)"
+    lines = [train.summary, f"{count} to train on, {held_out}; captions such as:"]
     return "\n".join(printable(line) for line in [*lines, *(f"    {caption[:160]}" for caption in some)])
 
 

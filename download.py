@@ -35,7 +35,7 @@ def gigabytes(count):
 
 def parse_hub(name):
     """Split "hf:owner/name/folder@revision" -> (owner/name, folder, revision); None where it is not of that form."""
-    match = re.fullmatch(r"(?:hf:(?://datasets/)?)?([\w.-]+/[\w.-]+)((?:/[^@]+)?)(?:@(.+))?", name)
+    match = re.fullmatch(r"hf:(?://datasets/)?([\w.-]+/[\w.-]+)((?:/[^@]+)?)(?:@(.+))?", name) or re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)()(?:@(.+))?", name)
     return match and (match[1], match[2].strip("/"), match[3])
 
 
@@ -107,7 +107,7 @@ class Store:
         self.sizes = self.list()
         self.held = set()                               # names that are not dropped now
         self.pinned = set()                             # nor ever: those of the validation set
-        self.ahead = None
+        self.wanted, self.thread = [], None             # files to fetch ahead, and the thread that does
         largest = sorted(self.sizes.values())[-2:]
         if sum(largest) > limit:
             fail(f"--data.cache={gigabytes(limit)} is too small for {url}: it must hold two files, {gigabytes(sum(largest))}")
@@ -122,7 +122,7 @@ class Store:
             fail(f"{self.url}: {reason(error)}" + (" (pip install it)" if isinstance(error, ImportError) else ""))
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ("files", "ahead")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("files", "thread")} | {"thread": None}
 
     def list(self):
         """Return {name: bytes} of the files, listed once and kept."""
@@ -221,25 +221,27 @@ class Store:
             return used + size <= self.limit
 
     def hold(self, names, coming):
-        """Keep `names` here; fetch those that are `coming`, in order, as far as there is room, while others are read."""
+        """Keep `names` here, and fetch them and those that are `coming`, in order and as far as there is room, in a thread."""
         self.held = set(names)
         room = self.limit - sum(self.sizes[name] for name in self.held | self.pinned)
-        ahead = []
+        ahead = list(names)
         for name in coming:
             room -= self.sizes[name]
             if room < 0:
                 break
             ahead.append(name)
         self.held |= set(ahead)
+        ahead = [name for name in ahead if not self.path(name).is_file()]
         first = int(os.environ.get("LOCAL_RANK", 0)) * len(ahead) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        order = ahead[first:] + ahead[:first]           # each process begins with others
-        if order and not (self.ahead and self.ahead.is_alive()):
-            self.ahead = threading.Thread(target=self.fetch_all, args=(order,), daemon=True)
-            self.ahead.start()
+        self.wanted = ahead[first:] + ahead[:first]     # each process begins with others
+        if self.wanted and not (self.thread and self.thread.is_alive()):
+            self.thread = threading.Thread(target=self.fetch_wanted, daemon=True)
+            self.thread.start()
 
-    def fetch_all(self, names):
-        for name in names:
+    def fetch_wanted(self):
+        """Fetch what `hold` wants, until nothing is left; a file that another process fetches is left to it."""
+        while self.wanted:
             try:
-                self.fetch(name, wait=False)
-            except SystemExit:                          # said when the file is due
+                self.fetch(self.wanted.pop(0), wait=False)
+            except (SystemExit, IndexError):            # why is said when the file is due
                 return

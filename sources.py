@@ -18,8 +18,9 @@ candidates. Layouts of real sets: README.md, "Your own pictures".
 """
 import csv
 import functools
-import hashlib
+import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -87,8 +88,8 @@ def captions_in(record, columns):
             continue
         for line in value if isinstance(value, list) else [value]:
             line = " ".join(line.split())
-            line.encode()                               # half of a surrogate pair is JSON but no text: UnicodeError
-            if line and line not in found:
+            is_unicode = line == line.encode("utf-8", "ignore").decode()        # half of a surrogate pair is JSON but no text
+            if line and is_unicode and line not in found:
                 found.append(line)
     return found
 
@@ -330,9 +331,9 @@ def read_piece(path, offset, size, deflated=False, limit=None):
 class Folder:
     """Pictures that are files, each with its captions beside it or in a table that names it. Looked through at each start."""
 
-    def __init__(self, root, names, found):
-        self.path, self.root, self.found = root, root, found
-        self.pairs, self.left_out = pair(names, found.image, root)
+    def __init__(self, root, names, chosen):
+        self.path, self.root, self.chosen = root, root, chosen
+        self.pairs, self.left_out = pair(names, chosen.image, root)
         self.rows, self.lost, self.total = [], [], 0
 
     def peek(self):
@@ -343,18 +344,18 @@ class Folder:
     def record(self, name):
         txt, json_name = self.pairs[name]
         blobs = [(self.root / beside).read_bytes() if beside else None for beside in (txt, json_name)]
-        return make_record(*blobs, self.found.row_of(name))
+        return make_record(*blobs, self.chosen.row_of(name))
 
     def index(self):
         """Look at each picture's header and captions; keep those that can be used."""
         names = sorted(self.pairs)
         bar = tqdm(names, desc="checking pictures", leave=False, disable=len(names) < 5000)
-        self.total = len(names)
+        self.total = len(names) + len(self.lost)
         sizes = []
         for name in bar:
             try:
-                if not captions_in(self.record(name), self.found.columns):
-                    raise ValueError(self.found.no_caption())
+                if not captions_in(self.record(name), self.chosen.columns):
+                    raise ValueError(self.chosen.no_caption())
                 sizes.append(size_of(self.root / name))
                 self.rows.append(name)
             except Exception as error:                  # broken files raise anything
@@ -374,7 +375,7 @@ class Folder:
         return None
 
     def captions(self, row):
-        return captions_in(self.record(self.rows[row]), self.found.columns)
+        return captions_in(self.record(self.rows[row]), self.chosen.columns)
 
     def picture(self, row):
         return self.root / self.rows[row]
@@ -405,43 +406,43 @@ NO_MEMBER = (0, 0, 0)
 class Archive:
     """A tar or zip of pictures and their captions. Its index of offsets is kept: then any picture is one read away."""
 
-    def __init__(self, path, found):
-        self.path, self.found, self.lost, self.total, self.left_out = path, found, [], 0, []
+    def __init__(self, path, chosen):
+        self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, []
 
     def peek(self):
         """Return the records of the first pictures."""
         members, _ = list_members(self.path, 4 * PEEK)
-        pairs, _ = pair(members, self.found.image, self.path)
+        pairs, _ = pair(members, self.chosen.image, self.path)
 
         def read(picture):
             blobs = [read_piece(self.path, *members[name], MAX_CAPTION) if name else None for name in pairs[picture]]
-            return make_record(*blobs, self.found.row_of(picture))
+            return make_record(*blobs, self.chosen.row_of(picture))
         return records_of(list(pairs)[:PEEK], read)
 
     def index(self):
         """Make the index, or see that the kept one still holds. It stays on the disk: of many archives it is large."""
-        found = self.found
-        columns = [] if found.table else found.columns
-        self.place, arrays = kept(self.path, [found.image, *columns], lambda: scan(self.path, found.image, columns), found.fetch)
+        chosen = self.chosen
+        columns = [] if chosen.table else chosen.columns
+        self.place, arrays = kept(self.path, [chosen.image, *columns], lambda: scan(self.path, chosen.image, columns), chosen.fetch)
         self.arrays = None if self.place else arrays
         about = json.loads(arrays["about"].tobytes())
         self.left_out, self.lost, self.count = about["left_out"], about["lost"], len(arrays["rows"])
         self.total = self.count + len(self.lost)
         self.good, self.names = None, None
-        if found.table:                                 # whose captions are in a table beside: names are needed at hand
+        if chosen.table:                                 # whose captions are in a table beside: names are needed at hand
             rows, names = arrays["rows"], split_names(arrays)
             self.good = [k for k in range(self.count) if self.has_caption(rows[k], names[k])]
             self.names, self.count = [names[k] for k in self.good], len(self.good)
-            self.lost += [(name, found.no_caption()) for name in sorted(set(names) - set(self.names))]
+            self.lost += [(name, chosen.no_caption()) for name in sorted(set(names) - set(self.names))]
 
     def has_caption(self, row, name):
-        return bool(attempt(lambda: captions_in(self.record(row, name), self.found.columns)))
+        return bool(attempt(lambda: captions_in(self.record(row, name), self.chosen.columns)))
 
     def record(self, row, name=None):
         blobs = []
         for member in (row["txt"], row["json"]):
             blobs.append(read_piece(self.path, *member.item(), MAX_CAPTION) if member["size"] else None)
-        return make_record(*blobs, self.found.row_of(name) if name else None)
+        return make_record(*blobs, self.chosen.row_of(name) if name else None)
 
     def table(self):
         """Return the ROWs that can be used."""
@@ -463,7 +464,7 @@ class Archive:
 
     def captions(self, row):
         name = self.names[row] if self.names else None
-        return captions_in(self.record(self.table()[row], name), self.found.columns)
+        return captions_in(self.record(self.table()[row], name), self.chosen.columns)
 
     def picture(self, row):
         return read_piece(self.path, *self.table()[row]["picture"].item())
@@ -503,6 +504,8 @@ def list_members(path, limit=None):
         if path.suffix.lower() == ".zip":
             list_zip(path, members)
             return members, ""
+        if read_piece(path, 0, 2) == b"\x1f\x8b":
+            return members, "it is compressed: unpack it (gunzip)"
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isfile():
@@ -581,8 +584,8 @@ GROUP_BYTES = 256 * 2 ** 20     # of row groups that a process holds, and among 
 class Parquet:
     """Rows with the encoded picture in a column, read in place, a row group at a time."""
 
-    def __init__(self, path, found):
-        self.path, self.found, self.lost, self.total, self.left_out = path, found, [], 0, []
+    def __init__(self, path, chosen):
+        self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, []
 
     def peek(self):
         """Return the records of some rows, of the first, the middle and the last row group."""
@@ -597,14 +600,17 @@ class Parquet:
 
     def index(self):
         """Read the footer, or what was kept of it; where aspect ratios matter (data.buckets) measure each picture once."""
-        found = self.found
-        _, arrays = kept(self.path, ["footer", found.image, *found.columns], self.read_footer, found.fetch)
+        chosen = self.chosen
+        _, arrays = kept(self.path, ["footer", chosen.image, *chosen.columns], self.read_footer, chosen.fetch)
         about = json.loads(arrays["about"].tobytes())
         self.column, self.columns, self.lost = about["column"], about["columns"], about["lost"]
         self.counts, self.bytes = arrays["counts"], arrays["bytes"]
         self.total = len(self) + len(self.lost)
-        if found.measure:
+        if chosen.measure:
             self._sizes = kept(self.path, ["sizes", self.column], self.measure)[1]["sizes"]
+
+    def picture_column(self):
+        return picture_column(parquet_file(self.path, os.getpid()).schema_arrow, self.chosen.image, self.path)
 
     def read_footer(self):
         """Return the rows and bytes of each row group, the columns to read, and what is wrong with the file."""
@@ -612,10 +618,10 @@ class Parquet:
         try:
             file = parquet_file(self.path, os.getpid())
             names = file.schema_arrow.names
-            about["column"] = picture_column(file.schema_arrow, self.found.image, self.path)
-            present = [column for column in self.found.columns if column in names]
+            about["column"] = self.picture_column()
+            present = [column for column in self.chosen.columns if column in names]
             if not (about["column"] and present):
-                raise ValueError(f"it has no column of pictures, or none of {', '.join(self.found.columns)}")
+                raise ValueError(f"it has no column of pictures, or none of {', '.join(self.chosen.columns)}")
             status = ["status", *(f"{column}_status" for column in present)]
             about["columns"] = present + [column for column in status if column in names]
             groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
@@ -655,7 +661,7 @@ class Parquet:
         return rows.slice(int(row - ends[group] + self.counts[group]), 1).to_pylist()[0]
 
     def captions(self, row):
-        return captions_in(self.value(row, self.columns), self.found.columns)
+        return captions_in(self.value(row, self.columns), self.chosen.columns)
 
     def picture(self, row):
         value = self.value(row, [self.column])[self.column]
@@ -715,25 +721,24 @@ TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 def read_table(path):
     """Read a table -> a list of records. Raises ValueError or OSError where it is none."""
     suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return [attempt(json.loads, line) for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     if suffix == ".parquet":
         file = parquet_file(path, os.getpid())
-        return file.read(columns=[f.name for f in file.schema_arrow if not is_binary(f.type)]).to_pylist()
-    text = read_text_file(path)
+        return file.read(columns=[field.name for field in file.schema_arrow if not is_binary(field.type)]).to_pylist()
+    if suffix == ".gz":                                 # only to see what it lists
+        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+            text, suffix = "".join(itertools.islice(file, PEEK)), path.suffixes[-2].lower()
+    else:
+        text = path.read_text("utf-8-sig")
     if suffix in (".csv", ".tsv"):
         return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
     if suffix == ".jsonl":
-        return [attempt(json.loads, line) or {} for line in text.splitlines() if line.strip()]
+        return [attempt(json.loads, line) for line in text.split("\n") if line.strip()]
     table = json.loads(text)
     if isinstance(table, dict) and "images" in table and "annotations" in table:
         return join_annotations(table)
     return table if isinstance(table, list) else []
-
-
-def read_text_file(path):
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
 
 
 def join_annotations(table):
@@ -747,31 +752,64 @@ def join_annotations(table):
 
 
 class Table:
-    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if only one has it."""
+    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if only one has it.
+
+    lost: rows of a metadata file that name no picture, [(name, why)]. Other tables may well name pictures that are not here.
+    """
 
     def __init__(self):
-        self.by_path, self.by_base, self.used = {}, {}, set()
+        self.by_path, self.by_base, self.promised, self.lost = {}, {}, [], []
 
-    def add(self, folder, records):
-        """Add the records of a table that lies in `folder` -> how many name a picture."""
-        count = 0
-        for record in records:
-            column = next((c for c in NAME_COLUMNS if isinstance(record, dict) and isinstance(record.get(c), (str, int))), None)
-            if column is None:
-                continue
-            name = stem_of(str(record[column]).replace("\\", "/").removeprefix("./"))
-            if name.startswith("/") or ".." in name.split("/"):
-                continue                                # outside of the folder
-            count += 1
-            base = name.rpartition("/")[2]
-            self.by_path[f"{folder}/{name}" if folder else name] = record
-            self.by_base[base] = None if base in self.by_base else record
+    def add(self, table, records):
+        """Add the records of a table -> how many of them name a picture."""
+        folder = table.rpartition("/")[0]
+        is_metadata = os.path.basename(table).startswith("metadata.")
+        lost, count = [], 0
+        for number, record in enumerate(records, 1):
+            name = self.picture_of(record)
+            if not name:
+                lost.append((f"{table}: row {number}", "it is no record that names a picture"))
+            elif name.startswith("/") or ".." in name.split("/"):
+                lost.append((name, "it lies outside of the folder"))
+            else:
+                count += 1
+                path = f"{folder}/{name}" if folder else name
+                self.promised += [path] if is_metadata else []
+                stem = stem_of(path)
+                if stem in self.by_path:                # several rows of a picture are several captions
+                    record = merge(self.by_path[stem], record)
+                base = stem.rpartition("/")[2]
+                self.by_base[base] = None if self.by_base.get(base, stem) != stem else stem
+                self.by_path[stem] = record
+        self.lost += lost if is_metadata else []
         return count
+
+    def picture_of(self, record):
+        """Return the name of the picture of a record; None where there is none."""
+        if not isinstance(record, dict):
+            return None
+        names = [record[column] for column in NAME_COLUMNS if isinstance(record.get(column), (str, int))]
+        return str(names[0]).replace("\\", "/").removeprefix("./") if names else None
 
     def find(self, picture):
         """Return the record of a picture, or None."""
         stem = stem_of(picture)
-        return self.by_path.get(stem) or self.by_base.get(stem.rpartition("/")[2])
+        return self.by_path.get(stem) or self.by_path.get(self.by_base.get(stem.rpartition("/")[2]))
+
+    def missing(self, pictures):
+        """Return what cannot be used of the metadata files, given the pictures that are here: [(name, why)]."""
+        here = {stem_of(picture) for picture in pictures}
+        return self.lost + [(name, "there is no such picture") for name in self.promised if stem_of(name) not in here]
+
+
+def merge(one, other):
+    """Merge two records of a picture: the texts of a column become a list."""
+    merged = dict(one)
+    for column, value in other.items():
+        if is_text(value) and is_text(one.get(column)):
+            both = [x if isinstance(x, list) else [x] for x in (one[column], value)]
+            merged[column] = both[0] + both[1]
+    return merged
 
 
 def stem_of(name):
@@ -786,17 +824,18 @@ def stem_of(name):
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test", "eval": "test"}
 SPLIT = re.compile(f"(?:^|[^a-z])({'|'.join(SPLITS)})(?=[^a-z]|$)")
+PACKED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
-class Found:
+class Chosen:
     """What was chosen for files of one kind: the columns of captions, the flag --data.image, the table that names pictures.
 
-    fetch(path) brings a file here that comes through a cache; None where the files are here.
+    measure: whether aspect ratios matter. fetch(path) brings a file here that comes through a cache; None where files are here.
     """
 
     def __init__(self, image, measure, fetch):
         self.image, self.measure, self.fetch = image, measure, fetch
-        self.columns, self.others, self.table = [], [], None
+        self.columns, self.table = [], None
 
     def row_of(self, picture):
         return self.table.find(picture) if self.table else None
@@ -805,29 +844,26 @@ class Found:
         return f"no caption in {', '.join(self.columns)}" if self.columns else "no caption"
 
 
-class Listing:
-    """The files of a source, by kind: names relative to its root, with "/" between folders."""
+class Source:
+    """The files of one source: to train on and, where the source says so itself, to validate on (else None)."""
 
-    def __init__(self, names):
-        self.pictures, self.archives, self.parquet, self.tables, self.packed, self.rest = [], [], [], [], [], []
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in PICTURE_SUFFIXES or suffix in (".txt", ".caption"):
-                self.pictures.append(name)
-            elif suffix in (".tar", ".zip"):
-                self.archives.append(name)
-            elif suffix == ".parquet":
-                self.parquet.append(name)
-            elif suffix in TABLE_SUFFIXES:
-                self.tables.append(name)
-            elif suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
-                self.packed.append(name)
-            else:
-                self.rest.append(name)
+    def __init__(self, label):
+        self.label, self.train, self.val, self.left_out, self.notes = label, [], None, Counter(), []
+
+    def summary(self, size=""):
+        """Say in one line what is read."""
+        kinds = Counter(type(file).__name__ for file in [*self.train, *(self.val or [])])
+        words = {"Folder": "folder", "Archive": "archive", "Parquet": "parquet file"}
+        files = ", ".join(f"{count:,} {words[kind]}{'s' * (count > 1)}" for kind, count in kinds.items())
+        left_out = ", ".join(f"{count:,} {what}" for what, count in self.left_out.items() if count)
+        parts = [files + size, *dict.fromkeys(self.notes)]
+        if left_out:
+            parts.append(f"left out: {left_out}")
+        return f"{self.label}: {'; '.join(parts)}"
 
 
 def walk(root):
-    """List the files below a folder -> (names, what was left out: hidden files and folders). Links are followed, each folder once."""
+    """List the files below a folder -> (names, how many hidden folders were left out). Links are followed, each folder once."""
     names, hidden, seen = [], 0, set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -843,135 +879,130 @@ def walk(root):
     return names, hidden
 
 
-def split_of(name, by_file):
-    """Return "train", "val" or "test" where a folder (or, by_file, the file itself) of that name says so, else ""."""
-    parts = name.lower().split("/")
-    for part in parts if by_file else parts[:-1]:
-        match = SPLIT.search(part)
-        if match:
-            return SPLITS[match[1]]
-    return ""
-
-
-class Source:
-    """The files of one source: to train on and, where the source says so itself, to validate on."""
-
-    def __init__(self, root):
-        self.root, self.train, self.val, self.left_out, self.chosen = root, [], None, [], []
-
-    def leave_out(self, count, what):
-        if count:
-            self.left_out.append(f"{count:,} {what}")
-
-    def summary(self, counts=""):
-        """Say in one line what is read."""
-        kinds = Counter(type(file).__name__ for file in [*self.train, *(self.val or [])])
-        names = {"Folder": "folder", "Archive": "archive", "Parquet": "parquet file"}
-        files = ", ".join(f"{n:,} {names[kind]}{'s' * (n > 1)}" for kind, n in kinds.items())
-        left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
-        return f"{self.root}: {files}{counts}; {'; '.join(self.chosen)}{left}"
-
-
-def find(root, names, config, fetch=None):
+def find(root, names, config, fetch=None, label=None):
     """Find out what the named files below `root` are -> Source. `fetch(path)` brings a file here before it is looked at."""
-    data, source = config.data, Source(root)
-    listing = Listing(names)
-    path_of = root.parent if root.is_file() else root
-    pictures_in_parquet = [name for name in listing.parquet if holds_pictures(path_of / name, data.image, fetch)]
-    manifests = [name for name in listing.parquet if name not in set(pictures_in_parquet)]
-    stems = {stem_of(name) for name in listing.pictures}
-    tables = [name for name in listing.tables + manifests if os.path.splitext(name)[0] not in stems]
-    kinds = []
-    loose = [name for name in listing.pictures + listing.tables]
-    if any(os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES for name in listing.pictures):
-        kinds.append((Folder, loose))
-    kinds += [(Archive, listing.archives), (Parquet, pictures_in_parquet)]
-    kinds = [(kind, members) for kind, members in kinds if members]
+    source = Source(label or root)
+    folder = root.parent if root.is_file() else root
+    kinds, tables, packed = sort_files(folder, names, config.data.image, fetch, source)
     if not kinds:
-        nothing_found(root, path_of, listing, tables)
-    splits = {split_of(name, kind is not Folder) for kind, members in kinds for name in members}
-    has_split = "train" in splits and bool(splits & {"val", "test"})
-    val_split = "val" if "val" in splits else "test"
-    source.val = [] if has_split else None
-    for kind, members in kinds:
-        found = Found(data.image, data.buckets, fetch)
+        nothing_found(root, folder, tables, packed, source)
+    splits = {split_of(name, kind) for kind, members in kinds.items() for name in members}
+    held_out = "val" if "val" in splits else "test"
+    if "train" in splits and held_out in splits:
+        source.val = []
+    for kind, members in kinds.items():
         sides = {"train": members}
-        if has_split:
+        if source.val is not None:
             sides = {"train": [], "val": [], "test": []}
             for name in members:
-                sides[split_of(name, kind is not Folder) or "train"].append(name)
-        made = {side: build_files(kind, path_of, side_names, found) for side, side_names in sides.items()}
-        choose(kind, made["train"], found, (path_of, tables, data.caption), source)
-        source.train += made["train"]
-        if has_split:
-            source.val += made[val_split]
-            other = "test" if val_split == "val" else "val"
-            source.leave_out(sum(1 for _ in made[other]), f"files of the {other} split")
-    source.leave_out(len(listing.packed), f"compressed files such as {listing.packed[0]}: unpack them" if listing.packed else "")
-    source.leave_out(len(manifests), "parquet files without pictures")
-    for suffix, count in Counter(os.path.splitext(name)[1].lower() or "nameless" for name in listing.rest).items():
-        source.leave_out(count, f"{suffix} files")
+                sides[split_of(name, kind) or "train"].append(name)
+            source.left_out[f"files of the {'test' if held_out == 'val' else 'val'} split"] += len(sides["test" if held_out == "val" else "val"])
+        chosen = Chosen(config.data.image, config.data.buckets, fetch)
+        train = open_files(kind, folder, sides["train"], chosen)
+        val = open_files(kind, folder, sides.get(held_out, []), chosen)
+        choose_columns(train or val, chosen, folder, tables, config.data.caption, source)
+        if kind is Folder and chosen.table:
+            train[0].lost += chosen.table.missing(members)
+        source.train += train
+        if source.val is not None:
+            source.val += val
     return source
 
 
-def holds_pictures(path, image, fetch):
+def sort_files(folder, names, image, fetch, source):
+    """Sort names -> ({class: names of its files}, tables that may name pictures, compressed files); the rest is left out."""
+    kinds, tables, packed = {Folder: [], Archive: [], Parquet: []}, [], []
+    pictures = {os.path.splitext(name)[0] for name in names if name.lower().endswith(PICTURE_SUFFIXES)}
+    for name in sorted(names):
+        stem, suffix = os.path.splitext(name)
+        suffix = suffix.lower()
+        if suffix in (*PICTURE_SUFFIXES, ".txt", ".caption") or suffix == ".json" and stem in pictures:
+            kinds[Folder].append(name)
+        elif suffix in (".tar", ".zip"):
+            kinds[Archive].append(name)
+        elif suffix == ".parquet" and (fetch or holds_pictures(folder / name, image)):
+            kinds[Parquet].append(name)
+        elif suffix in TABLE_SUFFIXES:
+            tables.append(name)
+            source.left_out[".parquet files without pictures"] += suffix == ".parquet"
+        elif suffix in PACKED_SUFFIXES:
+            packed.append(name)
+            source.left_out[f"compressed {suffix} files: unpack them"] += 1
+        else:
+            source.left_out[f"{suffix or 'nameless'} files"] += 1
+    if not pictures:
+        source.left_out[".txt files without a picture"] += len(kinds[Folder])
+        kinds[Folder] = []
+    return {kind: members for kind, members in kinds.items() if members}, tables, packed
+
+
+def holds_pictures(path, image):
     """Tell whether a parquet file has a column of pictures."""
-    if fetch:
-        return True                                     # behind a cache: looked at when it is here
     try:
         return picture_column(parquet_file(path, os.getpid()).schema_arrow, image, path) is not None
     except (OSError, ValueError):
         return True                                     # a damaged file: it will be counted as that
 
 
-def build_files(kind, root, names, found):
+def split_of(name, kind):
+    """Return "train", "val" or "test" where a folder, or the name of a tar, zip or parquet file, says so, else ""."""
+    parts = name.lower().split("/")
+    for part in parts[:-1] if kind is Folder else parts:
+        match = SPLIT.search(part)
+        if match:
+            return SPLITS[match[1]]
+    return ""
+
+
+def open_files(kind, folder, names, chosen):
     if kind is Folder:
-        return [Folder(root, names, found)] if names else []
-    return [kind(root / name, found) for name in names]
+        return [Folder(folder, names, chosen)] if names else []
+    return [kind(folder / name, chosen) for name in names]
 
 
-def choose(kind, files, found, where, source):
-    """Choose the columns of captions from what the first, the middle and the last file hold."""
-    root, tables, asked = where
-    records = []
-    picked = [0] if found.fetch else sorted({0, len(files) // 2, len(files) - 1})
-    for number in picked:
-        if found.fetch:
-            found.fetch(files[number].path)
-        records += files[number].peek()
-    columns, _ = choose_captions(records, "", root)
-    texts = {column for record in records for column in record}
-    few = sum(bool(captions_in(record, columns)) for record in records) * 2 < len(records)
-    missing = asked and not set(asked.split(",")) <= texts
-    if kind is not Parquet and tables and (few or missing):
-        found.table = Table()
+def choose_columns(files, chosen, folder, tables, asked, source):
+    """Choose the columns of captions by what the first, the middle and the last file hold; ask the tables if they hold too few."""
+    looked_at = [files[k] for k in sorted({0, len(files) // 2, len(files) - 1})]
+    if chosen.fetch:
+        looked_at = files[:1]
+        chosen.fetch(files[0].path)
+    records = [record for file in looked_at for record in file.peek()]
+    columns, _ = choose_captions(records, "", source.label)
+    filled = sum(bool(captions_in(record, columns)) for record in records)
+    known = {column for record in records for column in record}
+    wanted = {column.strip() for column in asked.split(",")} - {""}
+    if tables and not isinstance(files[0], Parquet) and (2 * filled < len(records) or not wanted <= known):
+        chosen.table = Table()
         for name in tables:
-            rows = attempt(read_table, root / name) or []
-            if not found.table.add(name.rpartition("/")[0], rows):
+            try:
+                rows = read_table(folder / name)
+            except Exception as error:                  # pyarrow, csv and json each have their own
+                source.notes.append(f"{name} cannot be read: {reason(error)}")
                 continue
-            source.chosen.append(f"captions are joined with {name}")
-        records = [record for number in picked for record in files[number].peek()]
-    found.columns, found.others = choose_captions(records, asked, source.root)
-    others = f" (others: {', '.join(found.others)})" if found.others else ""
-    source.chosen.append(f"captions from {', '.join(found.columns) or 'nothing'}{others}")
+            if chosen.table.add(name, rows):
+                source.notes.append(f"captions by name of picture in {name}")
+        records = [record for file in looked_at for record in file.peek()]
+    chosen.columns, others = choose_captions(records, asked, source.label)
+    if isinstance(files[0], Parquet):
+        source.notes.append(f"pictures from {looked_at[0].picture_column()}")
+    note = f"captions from {', '.join(chosen.columns) or 'nothing'}"
+    source.notes.append(f"{note} (others: {', '.join(others)})" if others else note)
 
 
-def nothing_found(root, folder, listing, tables):
+def nothing_found(root, folder, tables, packed, source):
     """Stop, and say what is here instead of pictures and what to do."""
-    for name in tables:
-        records = attempt(read_table, folder / name) or []
-        record = next((r for r in records if isinstance(r, dict)), {})
-        link = next((column for column in LINK_COLUMNS if column in record), None)
+    for name in [*tables, *packed]:
+        records = attempt(read_table, folder / name) or [{}]
+        link = next((column for column in LINK_COLUMNS if column in records[0]), None)
         if link:
             columns, _ = choose_captions(records[:PEEK], "", root)
-            kind = os.path.splitext(name)[1][1:]
+            kind = name.rpartition("/")[2].partition(".")[2]
             fail(f"{folder / name} lists addresses of pictures (column {link}) and holds none. Fetch them first: pip install "
                  f"img2dataset; img2dataset --url_list={folder / name} --input_format={kind} --url_col={link} "
                  f"--caption_col={columns[0] if columns else 'caption'} --output_format=webdataset --resize_mode=keep_ratio "
                  f"--image_size=512 --output_folder=pictures")
-    if listing.packed:
-        fail(f"{root} holds compressed files such as {listing.packed[0]}: unpack them (tar -xf, gunzip), then name the folder")
-    suffixes = Counter(os.path.splitext(name)[1].lower() for name in listing.rest + tables)
-    held = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
+    if packed:
+        fail(f"{root} holds compressed files such as {packed[0]}: unpack them (tar -xf, gunzip), then name the folder")
+    held = ", ".join(f"{count} {what}" for what, count in source.left_out.items() if count) or "nothing"
     fail(f"no pictures in {root}: want pictures with captions beside them (a.png + a.txt, metadata.jsonl), .tar, .zip or "
-         f".parquet; there is {held}")
+         f".parquet; there is {held}, {len(tables)} tables")
