@@ -127,7 +127,7 @@ def ask(question):
         helper = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        atexit.register(helper.stdin.close)
+        atexit.register(lambda: (helper.stdin.close(), helper.wait()))
     helper.stdin.write(json.dumps(question) + "\n")
     helper.stdin.flush()
     return json.loads(helper.stdout.readline())

@@ -94,7 +94,7 @@ def stopped(done, *words):
 
 @pytest.mark.parametrize("source", ["hf:owner/cards", "owner/cards", "hf://datasets/owner/cards"])
 def test_by_name(source, hub, command):
-    """Only what is read is fetched, each file once, how large it is is said; a second start fetches nothing."""
+    """Only what is read is fetched, each file once, its size is said; a second start fetches nothing."""
     done = look(command, source)
     assert total(done) == 12 and SIZE.search(sets.lines(done))
     assert set(hub.fetched) == TARS and set(hub.fetched.values()) == {1}
@@ -152,8 +152,7 @@ def test_a_folder_of_that_name_here_comes_first(hub, command):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["sharegpt_4o_image", "imagefolder_csv_caption_split", "flux_reason", "simpletuner_textfile", "coco_zip"],
+    "name", ["sharegpt_4o_image", "imagefolder_csv_caption_split", "simpletuner_textfile"]
 )
 def test_other_layouts_by_name(name, hub, command):
     """All that a layout is made of is fetched: lists, tables, texts, folders with spaces; and the pictures
@@ -364,9 +363,6 @@ def test_a_text_encoder_by_its_name(hub, command):
     done = command("train.py", *flags, "--text=owner/encoder", f"--out={command.folder / 'out'}")
     assert done.code == 0, done.err
     assert hub.fetched["model.safetensors"] == 1
-    hub.forget()
-    done = command("train.py", *flags, "--text=owner/encoder", f"--out={command.folder / 'again'}")
-    assert done.code == 0 and not hub.fetched["model.safetensors"] and not TARS & set(hub.fetched)
     stopped(
         command("train.py", *flags, "--text=owner/none", f"--out={command.folder / 'none'}"), "owner/none"
     )

@@ -260,7 +260,7 @@ def unreadable(n):
 
 
 @pytest.mark.parametrize(
-    "good, bad", [(71, 29), (1, 2), (2, 1), (6, 1), (3, 997), (97, 3), (199, 1), (12, 12)]
+    "good, bad", [(71, 29), (1, 2), (2, 1), (6, 1), (3, 297), (97, 3), (199, 1), (12, 12)]
 )
 @pytest.mark.parametrize("form", ["folder", "tar"])
 @pytest.mark.parametrize("what", [bare, unreadable], ids=["bare", "unreadable"])
@@ -1059,7 +1059,7 @@ def test_a_caption_of_a_million_letters(kind, tmp_path):
     assert time.monotonic() - begin < 15
 
 
-@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("kind", ["a word", "spaces", "commas"])
 def test_a_run_with_a_caption_of_a_million_letters(kind, tmp_path):
     """Our own vocabulary is trained on it, and a text of its length drawn from: no hang, and no screen full
     of it."""
