@@ -293,7 +293,8 @@ def test_from_archives(source, tmp_path, kind):
     for side in folder:
         wanted.update({captions: side.picture(item) for captions, item in by_captions(side).items()})
     for side in stored:
-        found.update({captions: side.get(item, 0)[0]["image"] for captions, item in by_captions(side).items()})
+        for captions, item in by_captions(side).items():
+            found[captions] = side.get(item, 0)[0]["image"]
     assert wanted.keys() == found.keys() and len(found) == 24
     assert all(np.array_equal(found[captions].numpy(), wanted[captions]) for captions in found)
 
@@ -404,6 +405,10 @@ def test_other_settings_or_pictures_do_not_go_on(hub, source, shards, tmp_path):
     one_line(again(other), "source ")
     one_line(lambda: prepared_with(hub, shards, tmp_path / "twice"), "is prepared already")
     assert not (tmp_path / "twice").exists()
+    begun = copy(shards, tmp_path / "begun")                # by a version that wrote other shards
+    before = {"version": 1, "fingerprint": {}, "fp8": False, "shard": 5}
+    (begun / "prepare.json").write_text(json.dumps(before))
+    one_line(lambda: prepared_with(hub, source, begun), "version 1 (now 2)")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -427,6 +432,7 @@ def test_mistakes_of_the_command_line(hub, source, tmp_path):
     one_line(lambda: prepared_with(hub, source, tmp_path / "out", "--fp8=maybe"), "fp8 wants yes or no")
     one_line(lambda: prepared_with(hub, source, tmp_path / "out", "--fp9"), "unknown key --fp9")
     one_line(lambda: prepared_with(hub, source, tmp_path / "out", "--vae=no/such/vae"), "no/such/vae")
+    assert not (tmp_path / "out").exists()                  # the next attempt is not one with another --vae
 
 
 def test_bad_pictures_are_skipped_and_counted(hub, tmp_path, capsys):
