@@ -41,7 +41,6 @@ def parse_hub(name):
 
 def hub_error(error, name):
     """Say in one line why the hub gave no data set, and what to do."""
-    import httpx
     from huggingface_hub import errors
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
@@ -56,7 +55,7 @@ def hub_error(error, name):
         why = "it is not in the cache, and the hub is switched off or cannot be reached (HF_HUB_OFFLINE, network)"
     elif isinstance(error, OSError) and error.errno == 28:
         why = "the disk is full: free some, set HF_HOME to another, or read it through a cache: --data.cache=50GB"
-    elif isinstance(error, (httpx.HTTPError, ConnectionError, TimeoutError)):
+    elif isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("http"):
         why = f"the hub cannot be reached ({reason(error)}); the same command goes on where the download stopped"
     else:
         why = f"{reason(error)}; the same command goes on where the download stopped"

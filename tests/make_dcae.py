@@ -36,7 +36,7 @@ def autoencoder(channels):
 
 def pictures(c, most=4000):
     """-> images to train on and held-out ones, uint8 (E, 3, H, W), at most so many of each."""
-    train, val = (torch.from_numpy(np.stack([d.get(i, 0)[0] for i in data.permutation(0, 0, len(d))[:most]])) for d in data.load(c))
+    train, val = (torch.from_numpy(np.stack([d.picture(item) for item in data.first_items(d, most)])) for d in data.load(c))
     stamps = [data.decode(path, c.model.size) for path in sorted(STAMPS.rglob("*.png"))[:most]]
     return torch.cat([train, torch.from_numpy(np.stack(stamps))]) if stamps else train, val
 

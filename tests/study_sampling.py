@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--out", default="out/sampling", type=Path)
     args = parser.parse_args()
     path, model, c, tokenize, encode, vae = sample.open_checkpoint(args)
-    val = data.load(c)[1]
+    val = data.load(c)[1].emoji
     pairs = val.pairs[:args.n]
     real = torch.from_numpy(np.stack([val.render(*pair) for pair in pairs])).float()
     seeds = list(range(len(pairs)))

@@ -74,7 +74,7 @@ def ranks(rank, folder, which):
         c = configs.parse([*TINY, f"--out={folder / source}", "--train.images=360", *args])
         device = train.start()[2]
         model, ema, optimizer = train.build(c, device, 0, world)
-        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, index := train.digest_of(train.data.load(c)[0]))
+        step, checkpoint = train.resume(folder / source, c, model, ema, optimizer, world, index := train.data.load(c)[0].digest)
         bpe = train.pretrained.bpe_load(checkpoint / "bpe.tiktoken")
         cluster.write(folder / out, step, c, bpe, index, *cluster.snapshot(model, ema, optimizer), rank, world)
         train.leave(world)
@@ -154,7 +154,7 @@ def ranks(rank, folder, which):
 
         def other(c):
             dataset, held_out = load(c)
-            dataset.captions = [["other"], *dataset.captions[1:]] if rank else dataset.captions
+            dataset.digest = "other" if rank else dataset.digest
             return dataset, held_out
         train.data.load = other
         refused("index", 2)

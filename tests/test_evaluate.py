@@ -21,8 +21,13 @@ from test_sample import DEBUG, RANKS, randomise, run, tiny, watch  # noqa: F401 
 
 
 @pytest.fixture(scope="module")
-def emoji():
+def sets():
     return data.load(DEBUG)
+
+
+@pytest.fixture(scope="module")
+def emoji(sets):
+    return [dataset.emoji for dataset in sets]
 
 
 def renderings(dataset, pairs):
@@ -36,7 +41,7 @@ def slow_losses(model, c, tokenize, dataset, n):
     """One item at a time, from the definition. -> [(t, loss)]"""
     found = []
     for i in range(n):
-        image, caption = dataset.get(data.permutation(0, 0, len(dataset))[i], 0)
+        image, caption = dataset.get(data.first_items(dataset, n)[i], 0)
         t = 0.05 + 0.95 * math.modf((i + 0.5) * (math.sqrt(5) - 1) / 2)[0]
         x = torch.from_numpy(image)[None].float() / 127.5 - 1
         eps = c.flow.noise * torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(i))[None]
@@ -49,12 +54,12 @@ def slow_losses(model, c, tokenize, dataset, n):
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
-def test_validation_loss_equals_a_slow_definition(tiny, emoji, prediction):
+def test_validation_loss_equals_a_slow_definition(tiny, sets, prediction):
     model, tokenize = tiny
     c = replace(DEBUG, flow=replace(DEBUG.flow, prediction=prediction))
-    slow = slow_losses(model, c, tokenize, emoji[1], 30)
+    slow = slow_losses(model, c, tokenize, sets[1], 30)
     seen = watch(model)
-    got = evaluate.validation_loss(model, c, tokenize, None, emoji[1], 30)
+    got = evaluate.validation_loss(model, c, tokenize, None, sets[1], 30)
     assert [n for n, _ in seen] == [8, 8, 8, 6] and all(keep is None for _, keep in seen)
     assert got["images"] == 30
     assert got["loss"] == pytest.approx(sum(loss for _, loss in slow) / 30, rel=1e-5)
@@ -64,10 +69,10 @@ def test_validation_loss_equals_a_slow_definition(tiny, emoji, prediction):
     assert max(got["bins"]) > 1.1 * min(got["bins"])        # else the bins could be mixed up
 
 
-def test_validation_loss_of_few_images_and_other_micro_batches(tiny, emoji):
+def test_validation_loss_of_few_images_and_other_micro_batches(tiny, sets):
     model, tokenize = tiny
     loss = lambda size, n=20: evaluate.validation_loss(
-        model, replace(DEBUG, train=replace(DEBUG.train, micro_batch=size)), tokenize, None, emoji[1], n)
+        model, replace(DEBUG, train=replace(DEBUG.train, micro_batch=size)), tokenize, None, sets[1], n)
     assert loss(3)["loss"] == pytest.approx(loss(20)["loss"], rel=1e-5)
     few = loss(8, 3)
     assert few["images"] == 3 and few["bins"].count(None) == 7
@@ -82,10 +87,10 @@ def two_ranks(rank, path, c):
     torch.distributed.destroy_process_group()
 
 
-def test_validation_loss_of_two_processes(tiny, emoji, tmp_path):
+def test_validation_loss_of_two_processes(tiny, sets, tmp_path):
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path), DEBUG), nprocs=2)
     a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    one = evaluate.validation_loss(tiny[0], DEBUG, tiny[1], None, emoji[1], 20)
+    one = evaluate.validation_loss(tiny[0], DEBUG, tiny[1], None, sets[1], 20)
     assert a == b and a["images"] == one["images"] == 20
     assert a["loss"] == pytest.approx(one["loss"], rel=1e-6) and a["bins"] == pytest.approx(one["bins"], rel=1e-6)
 
@@ -131,7 +136,7 @@ def test_planted_pictures(emoji):
 
 
 def test_drawings_that_are_the_same_count_as_each_other():
-    train = data.load(configs.parse(["--config=debug", "--data.subset=all"]))[0]
+    train = data.load(configs.parse(["--config=debug", "--data.subset=all"]))[0].emoji
     first, twins = {}, []
     for e in range(len(train.names)):
         twins += [(first.setdefault(train.render(e, 0).tobytes(), e), e)]
@@ -186,12 +191,12 @@ def command(monkeypatch, *argv):
     evaluate.main()
 
 
-def test_command(run, monkeypatch, capsys, tiny, emoji):
+def test_command(run, monkeypatch, capsys, tiny, sets):
     command(monkeypatch, "--n=3", "--steps=2", "--device=cpu", "--guidance", "1.5")
     said = capsys.readouterr().out
     found = json.loads(Path("out/evaluation.json").read_text())
     assert found["steps"] == 2 and found["guidance"] == 1.5 and "step_00000020" in found["checkpoint"]
-    assert found["loss"] == evaluate.validation_loss(tiny[0], DEBUG, tiny[1], None, emoji[1], DEBUG.train.val_images)
+    assert found["loss"] == evaluate.validation_loss(tiny[0], DEBUG, tiny[1], None, sets[1], DEBUG.train.val_images)
     assert found["retrieval"]["seen"]["captions"] == found["retrieval"]["heldout"]["captions"] == 3
     assert f"{found['loss']['loss']:.4f}" in said and "heldout" in said and "chance" in said
 

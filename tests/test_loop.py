@@ -493,7 +493,7 @@ def test_a_frozen_text_encoder_in_a_folder_trains_and_samples(bert, tmp_path):
 def emoji_folder(path, names, size=32):
     """A folder of captioned PNGs of the built-in emoji. -> {caption: pixels (3, H, W)}"""
     path.mkdir()
-    drawn, _ = data.load(configs.parse(["--config=debug", f"--model.size={size}"]))
+    drawn = data.load(configs.parse(["--config=debug", f"--model.size={size}"]))[0].emoji
     made = {}
     for i, name in enumerate(names):
         e = drawn.names.index(name)

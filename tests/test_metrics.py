@@ -245,11 +245,11 @@ def loaded(home):
 
 def planted(monkeypatch, dataset, change=lambda x: x, first=0):
     """generate() gives the very pictures of the captions. -> a list of what was asked for"""
-    asked, index = [], data.permutation(0, 0, len(dataset))
+    asked, index = [], data.first_items(dataset, len(dataset))
 
     def perfect(model, c, tokenize, encode, prompts, seeds, progress, vae=None):
         asked.extend(zip(seeds, prompts))
-        return change(torch.stack([torch.from_numpy(dataset.get(int(index[seed - first]), 0)[0]) for seed in seeds]))
+        return change(torch.stack([torch.from_numpy(dataset.get(index[seed - first], 0)[0]) for seed in seeds]))
     monkeypatch.setattr(evaluate, "generate", perfect)
     return asked
 
@@ -266,8 +266,8 @@ def test_real_pictures_are_at_no_distance_and_worse_ones_farther(tiny, networks,
     for name, change in changes.items():
         asked = planted(monkeypatch, train, change, first=5)
         found[name] = compare(tiny, train, loaded(networks), tmp_path, seed=5)
-        order = data.permutation(0, 0, len(train))[:40]
-        assert asked == [(5 + i, train.captions[j][0]) for i, j in enumerate(order)]        # each seed once, each caption with its picture
+        order = data.first_items(train, 40)
+        assert asked == [(5 + i, train.captions(j)[0]) for i, j in enumerate(order)]        # each seed once, each caption with its picture
     same, shifted, negative, noisy = found.values()
     assert abs(same["fd"]) < 1e-6 * shifted["fd"] and 2 * shifted["fd"] < min(negative["fd"], noisy["fd"])
     assert same["cmmd"]["biased"] == pytest.approx(0, abs=1e-9) and same["cmmd"]["unbiased"] < 0
@@ -279,19 +279,19 @@ def test_real_pictures_are_at_no_distance_and_worse_ones_farther(tiny, networks,
 
 def test_real_pictures_are_measured_once_and_a_stale_or_damaged_file_is_made_again(tmp_path, capsys):
     train = data.load(DEBUG)[0]
-    captions = [train.captions[i][0] for i in range(10)]
+    captions = [train.captions(item)[0] for item in train.items()[:10]]
     file = tmp_path / "features" / "net-10.safetensors"
 
-    def look(index=range(10), keep=(), mark="nine"):
+    def look(index=slice(0, 10), keep=(), mark="nine"):
         network = Channels()
         network.mark = mark
-        captured = evaluate.reference({"net": network}, keep, train, [*index], captions, None, file.parent, "cpu")["net"]
+        captured = evaluate.reference({"net": network}, keep, train, train.items()[index], captions, None, file.parent, "cpu")["net"]
         return captured, len(network.seen), capsys.readouterr().out
     first, seen, said = look()
     assert seen == 10 and said == "" and [x.name for x in file.parent.iterdir()] == ["net-10.safetensors"]
     again, seen, said = look()
     assert seen == 0 and said == "" and all(torch.equal(again[key], first[key]) for key in first) and "rows" not in again
-    for change, reason in ((dict(keep=("net",)), "single features"), (dict(mark="other"), "another network"), (dict(index=range(1, 11)), "other pictures")):
+    for change, reason in ((dict(keep=("net",)), "single features"), (dict(mark="other"), "another network"), (dict(index=slice(1, 11)), "other pictures")):
         _, seen, said = look(**change)
         assert seen == 10 and reason in said and said.count("\n") == 1
     flipped = lambda x: x[:-9] + bytes([x[-9] ^ 1]) + x[-8:]
@@ -395,7 +395,7 @@ def two_ranks(rank, path):
     tiny = randomise(Denoiser(DEBUG)), pretrained.tokenizer(DEBUG, RANKS)
     found = compare(tiny, data.load(DEBUG)[1], {"dinov2": Channels(), "clip": Channels()}, Path("features"), n=11)
     drawn = evaluate.benchmark(tiny[0], DEBUG, tiny[1], None, evaluate.geneval("metadata.jsonl"), Path("gen"), {})
-    pictures = evaluate.retrieval(tiny[0], DEBUG, tiny[1], None, *data.load(DEBUG), n=5, sets=("heldout",))
+    pictures = evaluate.retrieval(tiny[0], DEBUG, tiny[1], None, *(d.emoji for d in data.load(DEBUG)), n=5, sets=("heldout",))
     Path(f"{rank}.json").write_text(json.dumps([found, drawn, pictures]))
     torch.distributed.destroy_process_group()
 
@@ -412,7 +412,7 @@ def test_two_processes_share_the_work_and_find_what_one_does(tiny, asked, tmp_pa
         assert a.keys() == b.keys() == {"mean", "cov", "rows"} and torch.equal(a["rows"], b["rows"])
         assert torch.allclose(a["mean"], b["mean"], rtol=1e-12) and torch.allclose(a["cov"], b["cov"], rtol=1e-9, atol=1e-12)
     assert drawn == drawn_too == 5 and len([*(tmp_path / "gen").glob("*/samples/*.png")]) == 20
-    assert found == found_too == evaluate.retrieval(tiny[0], DEBUG, tiny[1], None, *data.load(DEBUG), n=5, sets=("heldout",))
+    assert found == found_too == evaluate.retrieval(tiny[0], DEBUG, tiny[1], None, *(d.emoji for d in data.load(DEBUG)), n=5, sets=("heldout",))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def test_command_on_a_folder_of_pictures(run, networks, monkeypatch, capsys):
     assert "validation loss" in capsys.readouterr().out
     whole = (folder / "7.png").read_bytes()
     (folder / "7.png").write_bytes(whole[:len(whole) // 2])                             # its header is still good
-    with pytest.raises(SystemExit, match="1 of 30 images in mine cannot be used"):
+    with pytest.raises(SystemExit, match="1 of 30 pictures in mine cannot be used"):
         command(monkeypatch, "--what=fd", *argv[1:])
 
 

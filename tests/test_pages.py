@@ -107,12 +107,13 @@ def test_what_cannot_be_drawn_is_left_out(tmp_path):
 
 
 def test_the_nearest_training_picture_is_found_and_drawn(emoji, tmp_path):
-    dataset, held_out = emoji
+    train, held_out = emoji[0], emoji[1].emoji
+    dataset = train.emoji
     generator = torch.Generator().manual_seed(0)
     pairs = [*(dataset.pairs[i] for i in (0, 50, 99)), held_out.pairs[0]]
     clean = torch.stack([torch.from_numpy(dataset.render(*pair)) for pair in pairs])
     images = (clean.int() + torch.randint(-20, 21, clean.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
-    found = page.nearest(images, PROMPTS * 2, dataset, tmp_path)
+    found = page.nearest(images, PROMPTS * 2, train, tmp_path)
     gallery = np.stack([dataset.render(*pair) for pair in dataset.pairs]).astype(np.float64) / 255
     for i, (image, (prompt, caption, away)) in enumerate(zip(images, found)):
         distances = np.sqrt(((image.numpy().astype(np.float64) / 255 - gallery) ** 2).mean((1, 2, 3)))
@@ -128,7 +129,7 @@ def test_the_nearest_training_picture_is_found_and_drawn(emoji, tmp_path):
 
 def test_where_the_nearest_are_not_looked_for_the_page_says_so(emoji, tmp_path, monkeypatch):
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    assert "built-in set only" in page.nearest(images, PROMPTS, SimpleNamespace(pairs=[]), tmp_path)
+    assert "built-in set only" in page.nearest(images, PROMPTS, SimpleNamespace(emoji=None), tmp_path)
     monkeypatch.setattr(page, "SEARCH", 100_000)
     assert "Not looked for" in (why := page.nearest(images, PROMPTS, emoji[0], tmp_path)) and "100k" in why
     assert why in page.html(tmp_path, configs.debug, ROWS, PROMPTS, why) and not (tmp_path / "nearest").exists()

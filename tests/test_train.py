@@ -302,13 +302,13 @@ def test_seeds_differ_everywhere():
 def test_it_overfits_eight_images(tmp_path):
     """A folder of eight captioned drawings; then each caption brings back its own drawing."""
     c = replace(configs.debug, data=configs.Data(subset="food,animals"), model=replace(configs.debug.model, size=32))
-    dataset, _ = data.load(c)
+    dataset = data.load(c)[0].emoji
     folder = tmp_path / "eight"
     folder.mkdir()
     chosen = [i for i, (e, b) in enumerate(dataset.pairs) if b == 0][::20][:10]    # on white; two of the ten are held out
     for k, i in enumerate(chosen):
-        Image.fromarray(dataset.get(i, 0)[0].transpose(1, 2, 0)).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text(dataset.captions[i][0])
+        Image.fromarray(dataset.image(i).transpose(1, 2, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(dataset.captions(i)[0])
     out = tmp_path / "run"
     run(f"--data={folder}", f"--out={out}", "--train.images=4800", "--train.batch=8", "--train.log_every=25", "--model.route=none", "--model.absolute=yes",
         "--model.width=96", "--optim.lr=3e-3", "--optim.adam_lr=3e-3", "--optim.cooldown=0.3", "--text.drop=0", "--train.save_every=4800", "--optim.ema=0.98")
@@ -318,8 +318,8 @@ def test_it_overfits_eight_images(tmp_path):
     model, c, tokenize, encode = pretrained.load(out)
     trained, _ = data.load(c)
     c = replace(c, sample=replace(c.sample, steps=8, guidance=1.0))
-    real = torch.from_numpy(np.stack([trained.get(i, 0)[0] for i in range(len(trained))])).float().flatten(1)
-    made = generate(model, c, tokenize, encode, [t[0] for t in trained.captions], list(range(len(trained)))).float().flatten(1)
+    real = torch.from_numpy(np.stack([trained.get(item, 0)[0] for item in trained.items()])).float().flatten(1)
+    made = generate(model, c, tokenize, encode, [trained.captions(item)[0] for item in trained.items()], list(range(len(trained)))).float().flatten(1)
     nearest = torch.cdist(made, real)
     assert len(trained) == 8 and torch.equal(nearest.argmin(1), torch.arange(8))
 
