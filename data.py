@@ -1,17 +1,17 @@
-"""Pictures with captions -> batches. What a run sees is a pure function of its seed and of the position in it.
+"""Pictures with captions -> batches: what a run sees is a function of its seed and of the position in it.
 
-    python data.py                              # what the built-in set holds, and a sheet of it in out/emoji.png
-    python data.py --data=path/to/pictures      # the same of your own: files, items, columns, captions, sizes, a sheet
-    python data.py --data=hf:owner/name         # the same of a set of the Hugging Face hub, which is downloaded first
+    python data.py                              # what the built-in set holds, and a sheet of it
+    python data.py --data=path/to/pictures      # the same of your own: files, items, columns, captions, sizes
+    python data.py --data=hf:owner/name         # the same of a set of the Hugging Face hub
 
-A source is "emoji" (built in); a folder, a .tar, .zip or .parquet with pictures and captions in any usual layout (see
-sources.py); a set of the hub or a bucket (see download.py); a folder that tools/prepare.py wrote; or several of them with
-weights, as in --data=a:0.7,b:0.3 (without: by size).
+A source is "emoji" (built in); a folder, a .tar, .zip or .parquet with pictures and captions in any usual
+layout (sources.py); a set of the hub or a bucket (download.py); a folder that tools/prepare.py wrote; or
+several of them with weights, as in --data=a:0.7,b:0.3 (without: by size).
 
-The order of an epoch: files are permuted; as many in a row as it takes to hold --data.window items (200,000) are a window;
-the items of a window are permuted. Sets up to that size are thus shuffled as a whole. Of parquet files, whose row groups
-must be read as a whole, the row groups of a window are permuted, and items among as many of them as make 256 MB.
-Nothing here has a state to be saved: to resume is to ask for the batches from another step on.
+The order of an epoch: files are permuted; as many in a row as it takes to hold --data.window items (200,000)
+are a window; the items of a window are permuted. Sets up to that size are thus shuffled as a whole. Of parquet
+files, whose row groups must be read whole, the row groups of a window are permuted, and items are permuted
+among as many of them as make 256 MB. There is no state to save: to resume is to ask for another step.
 
     b micro-batch, L text tokens, H and W pixels, C h w of a latent, N D of a teacher's features
     item: (number of a file, row in it)
@@ -44,7 +44,7 @@ from sources import GROUP_BYTES, attempt, opened, reason
 LANCZOS = Image.Resampling.LANCZOS
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # From a name to two data sets
 
 def load(config):
@@ -59,14 +59,14 @@ def load(config):
     weights = [weight or 1 for _, weight in named]
     if len(parts) > 1 and named[0][1] is None:
         if any(part.store for part in parts):
-            fail(f"{config.data.source}: how large the sets behind a cache are is not known: give weights, as in a:0.7,b:0.3")
+            fail(f"{config.data.source}: the sizes of sets behind a cache are not known: give weights, as in a:0.7,b:0.3")
         weights = [sum(len(file) for file in part.train) for part in parts]
     train = Dataset(config, parts, weights, "train", bad)
     return train, Dataset(config, parts, weights, "val", bad)
 
 
 def split_mixture(text):
-    """Split 'a:0.7,b:0.3' -> [('a', 0.7), ('b', 0.3)]; a single source, and those without weights, have None."""
+    """Split 'a:0.7,b:0.3' -> [('a', 0.7), ('b', 0.3)]; None stands for a weight that is not given."""
     if Path(text).expanduser().exists() or "{" in text:
         return [(text, None)]
     parts = []
@@ -82,10 +82,11 @@ def split_mixture(text):
 
 
 class Part:
-    """One source: its files on either side, and what decides between the sides where both are in the same files.
+    """One source: its files on either side, and what decides between the sides where both share their files.
 
-    limit: rows with a key below it are held out; None where each file belongs to one side.
-    store: the cache that the files are read through, or None. prepared: the `Prepared` that the shards are of, or None.
+    limit       rows with a key below it are held out; None where each file belongs to one side
+    store       the `Store` that the files are read through; None where they are here
+    prepared    the `Prepared` that the files are shards of, or None
     """
 
     def __init__(self, train, val, summary, store=None, prepared=None):
@@ -97,28 +98,28 @@ def open_source(name, config, bad, count):
     """Find out what a name stands for: built-in, prepared, here, on the hub, in a bucket."""
     if name == "emoji":
         train, val = emoji.load(config)
-        about = f"emoji: {len(train.names)} drawings ({config.data.subset}; {config.data.styles}) on {len(train.colors)} backgrounds"
-        return Part([train], [val], about)
+        drawings = f"{len(train.names)} drawings ({config.data.subset}; {config.data.styles})"
+        return Part([train], [val], f"emoji: {drawings} on {len(train.colors)} backgrounds")
     path = Path(name).expanduser()
     hub = None if path.exists() else download.parse_hub(name)
     if config.data.cache and hub:
-        repo, folder, revision = hub
-        name = f"hf://datasets/{repo}" + (f"@{revision}" if revision else "") + (f"/{folder}" if folder else "")
+        name = download.url_of_hub(*hub)
     if "://" in name:
         return open_store(name, config, bad, count)
-    if hub and not path.exists():
+    if hub:
         path = download.download(name)
     if (path / "prepare.json").is_file():
         return open_prepared(path, config)
+    names, hidden = [path.name], 0
     if path.is_dir():
         names, hidden = sources.walk(path)
-    elif path.is_file():
-        names, hidden = [path.name], 0
-    else:
-        fail(f"no folder {path}; data.source is a folder of captioned pictures, a .tar, .zip or .parquet, hf:owner/name, or emoji")
+    elif not path.is_file():
+        fail(f"no folder {path}; data.source is a folder of captioned pictures, a .tar, .zip or .parquet, "
+             "hf:owner/name, or emoji")
     source = sources.find(path, names, config)
     source.left_out["hidden folders"] = hidden
-    for file in tqdm(in_turn([*source.train, *(source.val or [])]), desc="indexing", leave=False, disable=len(names) < 10):
+    files = in_turn([*source.train, *(source.val or [])])
+    for file in tqdm(files, desc="indexing", leave=False, disable=len(files) < 10):
         file.index()
         bad.add(file)
         source.left_out["pictures beside the one meant, such as masks"] += len(file.left_out)
@@ -145,7 +146,7 @@ def open_store(url, config, bad, count):
     if "prepare.json" in store.sizes:
         return open_prepared(store.folder, config, store)
     if config.data.buckets:
-        fail(f"{url}: --data.buckets wants the size of every picture before the start: train without it, or prepare shards first")
+        fail(f"{url}: --data.buckets wants the size of every picture at the start: train without it, or prepare shards")
     source = sources.find(store.folder, list(store.sizes), config, store.fetch_path, url)
     if any(isinstance(file, sources.Folder) for file in source.train):
         fail(f"{url}: pictures that lie singly are not read through a cache: pack them into tars")
@@ -179,7 +180,7 @@ def open_prepared(root, config, store=None):
 
 
 def hold_out(files):
-    """Return the limit below which a key is held out: a share of HELD_OUT, but at least one item, and not all.
+    """Return the limit below which a key is held out: of a share of HELD_OUT, but at least one item, and not all.
 
     It depends on the item's name alone, so a new picture moves no other across. Of a single picture: None.
     """
@@ -198,7 +199,7 @@ def hold_out(files):
 class Dataset:
     """The items of one side, "train" or "val", of all sources.
 
-    streams: [(numbers of files, shape, share of the run)]: each source has one for each shape that occurs in it.
+    streams: [(numbers of files, shape, share of the run)], one for each source and shape that occurs in it.
     counts: int (files, shapes), -1 where a file behind a cache was not looked at yet.
     """
 
@@ -284,7 +285,7 @@ class Dataset:
         return rows, np.zeros(len(rows), np.int64)
 
     def count(self, number):
-        """Return how many items of each shape a file holds; a file behind a cache is fetched to be counted."""
+        """Return how many items of each shape a file holds; one behind a cache is fetched to be counted."""
         if self.counts[number, 0] < 0:
             _, which = self.rows(number)
             self.counts[number] = np.bincount(which, minlength=len(self.shapes))
@@ -360,14 +361,16 @@ class Dataset:
 
     @functools.cached_property
     def digest(self):
-        """A hash of what the set is: its files, how many items each has, some captions. The same on every rank, or the run stops."""
+        """A hash of what the set is: its files, their items, some captions. All ranks must have the same."""
         names = [file.path.name for file in self.files if hasattr(file, "path")]
-        counts = "" if self.part_of[0].store else self.counts.tolist()         # behind a cache they become known as it is read
+        counts = self.counts.tolist()
+        if self.part_of[0].store:
+            counts = None                               # they become known as the set is read
         text = repr((names, counts, [self.captions(item) for item in first_items(self, 64)]))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # What cannot be used
 
 class Bad:
@@ -377,9 +380,9 @@ class Bad:
         self.source, self.max_bad = config.data.source, config.data.max_bad
         self.total = 0                                  # items in all, as far as known
         self.known = {}                                 # {item or name: why}
-        self.found = {}                                 # {item: (name, why)} found by this process since it last told
+        self.found = {}                                 # {item: (name, why)} that this process did not tell yet
         self.hits = 0                                   # of the items that were asked for since then
-        self.asked = self.met = 0                       # by this run's batches in all, and the bad ones of them
+        self.asked = self.met = 0                       # items that batches asked for, and the bad ones of them
 
     def add(self, file):
         """Count a file's items, and those that its index calls lost."""
@@ -390,7 +393,7 @@ class Bad:
     def note(self, found=None, asked=0, hits=0):
         """Take in what was found; say the first twenty; stop if more than max_bad of all cannot be used.
 
-        Each of many ranks sees few of all: the same share of the items that its batches asked for stops it too.
+        Each of many ranks sees few of all: the same share of what its batches asked for stops it too.
         """
         if found is None:
             found, self.found = self.found, {}
@@ -426,11 +429,11 @@ def printable(name):
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Pictures
 
 def shapes_of_area(size, step):
-    """Return the shapes (H, W) of about size x size pixels, multiples of `step`, of aspect ratios from about 1:2 to 2:1.
+    """Return the shapes (H, W) of about size x size pixels, multiples of `step`, from about 1:2 to 2:1.
 
     As PRX: each number of steps along one side with as many along the other as fit into the area.
     """
@@ -443,7 +446,7 @@ def shapes_of_area(size, step):
 
 
 def nearest_shape(sizes, shapes):
-    """Return which shape's aspect ratio is nearest to that of each picture (width, height), in logarithms: wide as tall."""
+    """Return which shape's aspect ratio is nearest to that of each picture (width, height), in logarithms."""
     ratios = np.log([w / h for h, w in shapes])
     order = ratios.argsort(kind="stable")
     middles = (ratios[order][1:] + ratios[order][:-1]) / 2
@@ -451,9 +454,9 @@ def nearest_shape(sizes, shapes):
 
 
 def decode(file, size):
-    """Decode a picture: upright, over white, scaled until it covers `size` (H, W; or one number), the middle cut out.
+    """Decode a picture -> uint8 (3, H, W): upright, over white, scaled until it covers `size`, the middle cut out.
 
-    Returns uint8 (3, H, W).
+    size: (H, W), or one number for both.
     """
     height, width = (size, size) if isinstance(size, int) else size
     with opened(file) as image:
@@ -468,7 +471,7 @@ def decode(file, size):
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The order: what stands at position p of a run is a function of (seed, p)
 
 ROUND = 256                     # turns
@@ -484,7 +487,9 @@ class Stream:
 
     def __init__(self, dataset, files, shape, seed):
         self.dataset, self.files, self.shape, self.seed = dataset, files, shape, seed
-        self.start, self.order, self.coming = 0, np.empty((0, 2), np.int64), None      # the window at hand, from position start on
+        self.start = 0                                  # where the window at hand begins,
+        self.order = np.empty((0, 2), np.int64)         # its items,
+        self.window, self.coming = [], None             # its files, and those that come after them
 
     def at(self, position):
         """Return the item (file, row) at a position."""
@@ -496,7 +501,7 @@ class Stream:
         return self.order[position - self.start]
 
     def seek(self, position):
-        """Make the window that holds a position. Before all files are counted, windows are counted from the beginning on."""
+        """Make the window that holds a position; before all files are counted, by counting from the first on."""
         counts = self.dataset.counts[self.files, self.shape]
         epoch = start = 0
         if (counts >= 0).all():
@@ -545,7 +550,7 @@ class Stream:
             first_group += len(weights[-1])
         items, group_of, weights = np.concatenate(items), np.concatenate(parts), np.concatenate(weights)
         order = permutation(len(weights), digest(self.seed, "groups"), epoch, number)
-        together = np.empty(len(weights), np.int64)     # groups that are read together, GROUP_BYTES of them, have one number
+        together = np.empty(len(weights), np.int64)     # one number for the groups that make GROUP_BYTES
         together[order] = np.cumsum(weights[order]) // GROUP_BYTES
         bits = np.random.PCG64([self.seed % 2 ** 64, epoch, number]).random_raw(len(items))
         return items[np.lexsort((bits, together[group_of]))]
@@ -558,22 +563,22 @@ class Stream:
             store.hold([dataset.name_of(n) for n in window], [dataset.name_of(n) for n in coming])
 
     def check_room(self, window):
-        """Stop if the files of a window do not fit into half of the cache: the other half is for those that come."""
+        """Stop if a window does not fit into half of the cache: the other half is for the files that come."""
         store = self.dataset.part_of[window[0]].store
         if not store or len(window) < 2:
             return
         size = sum(store.sizes[self.dataset.name_of(n)] for n in window)
         if size > store.limit / 2:
             held = sum(self.count(file) for file in window[:-1])
-            fail(f"a window of --data.window={self.dataset.window} items does not fit into half of the cache: "
-                 f"lower it, as in --data.window={held}, or raise --data.cache")
+            fail(f"a window of --data.window={self.dataset.window} items does not fit into half of the cache: lower "
+                 f"it, as in --data.window={held}, or raise --data.cache")
 
 
 @functools.lru_cache(maxsize=8)
 def round_of_turns(seed, weights, r):
-    """Round r, of about ROUND turns -> (number of its first turn, whose turn each is, how many turns that stream had before).
+    """Draw round r, of about ROUND turns -> (number of its first turn, whose each is, how many that stream had before).
 
-    Over k rounds a stream gets its share to the nearest integer, so that rare ones have their turn too; within one, at random.
+    Over k rounds a stream gets its share to the nearest integer, so that rare ones have their turn too.
     """
     before = np.floor(np.array(weights) * ROUND * r + 0.5).astype(np.int64)
     after = np.floor(np.array(weights) * ROUND * (r + 1) + 0.5).astype(np.int64)
@@ -627,7 +632,7 @@ def micro_batches(dataset, config, start_step, rank, world):
 
 
 def first_items(dataset, n):
-    """Return the first n items (all, if there are fewer) of a fixed order, which depends on nothing but the set."""
+    """Return the first n items (all, if there are fewer) of an order that depends on nothing but the set."""
     if len(dataset.streams) == 1 and not dataset.part_of[0].store:
         order = Order(dataset, 0, 1)
         return [order.at(position) for position in range(min(n, len(dataset)))]
@@ -641,13 +646,16 @@ def some_captions(dataset, n):
     return [caption for item in items for caption in dataset.captions(item)]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Batches
 
 def gather(dataset, choices):
-    """Read items (item, choice). `bad` carries what a loader process found to be broken home to the main one."""
+    """Read items [(item, choice)] -> a batch. In it `bad` and `hits` carry what a loader process found to be broken."""
     found, captions = zip(*(dataset.get(item, choice) for item, choice in choices))
-    batch = collate(found, dataset) if isinstance(found[0], dict) else {"image": torch.from_numpy(np.stack(found))}
+    if dataset.prepared:
+        batch = collate(found, dataset)
+    else:
+        batch = {"image": torch.from_numpy(np.stack(found))}
     bad = dataset.bad
     batch.update(caption=list(captions), bad=bad.found, hits=bad.hits)
     bad.found, bad.hits = {}, 0
@@ -655,16 +663,22 @@ def gather(dataset, choices):
 
 
 def collate(found, dataset):
-    """Stack samples of prepared shards; pad their text to the longest, in steps of 8, or to all of text.length (text.pad)."""
-    batch = {key: torch.stack([x[key] for x in found]) for key in found[0] if key not in ("text", "length")}
+    """Stack samples of prepared shards; pad their text to the longest in steps of 8, or to text.length (text.pad)."""
+    batch = {}
+    for key in found[0]:
+        if key not in ("text", "length"):
+            batch[key] = torch.stack([sample[key] for sample in found])
     if "text" in found[0]:
-        longest = max(len(x["text"]) for x in found)
+        longest = max(len(sample["text"]) for sample in found)
         length = dataset.prepared.length
-        rows = length if dataset.prepared.pad else min(length, -(-longest // 8) * 8)
-        batch["text"] = torch.zeros(len(found), rows, found[0]["text"].shape[1], dtype=torch.bfloat16)          # (b, L, D)
-        for row, x in zip(batch["text"], found):
-            row[:len(x["text"])] = x["text"]
-        batch["mask"] = torch.arange(rows) < torch.tensor([[x["length"]] for x in found])                       # (b, L)
+        if not dataset.prepared.pad:
+            length = min(length, math.ceil(longest / 8) * 8)
+        width = found[0]["text"].shape[1]
+        batch["text"] = torch.zeros(len(found), length, width, dtype=torch.bfloat16)            # (b, L, D)
+        for row, sample in zip(batch["text"], found):
+            row[:len(sample["text"])] = sample["text"]
+        real = torch.tensor([[sample["length"]] for sample in found])
+        batch["mask"] = torch.arange(length) < real                                             # (b, L)
     return batch
 
 
@@ -687,7 +701,7 @@ def finish(batch, dataset, tokenize):
 
 
 def ignore_signals(_):
-    """Let loader processes outlive Ctrl-C, which reaches them too, until the main process, which saves, sends them home."""
+    """Let loader processes outlive Ctrl-C, which reaches them too, until the main process has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -695,14 +709,16 @@ def ignore_signals(_):
 def batches(dataset, tokenize, config, start_step=0, rank=0, world=1):
     """Yield this rank's micro-batches from `start_step` on, for ever.
 
-    {"image": uint8 (b, 3, H, W), "ids": int64 (b, L), "mask": bool (b, L), "caption": list of str}. Of prepared shards
-    "latent" (b, C, h, w) is in the image's place, "text" bf16 (b, L, D) in that of ids where a frozen encoder made it, and,
-    where stored and wanted, "teacher" (b, N, D).
+    {"image": uint8 (b, 3, H, W), "ids": int64 (b, L), "mask": bool (b, L), "caption": list of str}. Of prepared
+    shards "latent" (b, C, h, w) is in the image's place, "text" bf16 (b, L, D) in that of ids where a frozen encoder
+    made it, and, where stored and wanted, "teacher" (b, N, D).
     """
+    context = None
+    if config.data.workers and sys.platform == "linux":
+        context = "fork"                                # what is in memory is shared, not copied
     loader = torch.utils.data.DataLoader(
-        AtPositions(dataset), batch_size=None, num_workers=config.data.workers,
+        AtPositions(dataset), batch_size=None, num_workers=config.data.workers, multiprocessing_context=context,
         sampler=micro_batches(dataset, config, start_step, rank, world),
-        multiprocessing_context="fork" if config.data.workers and sys.platform == "linux" else None,  # art is shared, not copied
         worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())                    # or it would draw from the global one
     for batch in loader:
@@ -710,7 +726,7 @@ def batches(dataset, tokenize, config, start_step=0, rank=0, world=1):
 
 
 def fixed_batches(dataset, tokenize, n, micro_batch, rank=0, world=1):
-    """Yield the first n items of the fixed order under their first captions; micro-batch m is rank m % world's."""
+    """Yield the first n items of a fixed order under their first captions; micro-batch m is rank m % world's."""
     by_shape = {}
     for item in first_items(dataset, n):                # one shape per micro-batch
         by_shape.setdefault(dataset.shape_of(item), []).append(item)
@@ -722,11 +738,11 @@ def fixed_batches(dataset, tokenize, n, micro_batch, rank=0, world=1):
         yield finish(gather(dataset, [(item, 0) for item in micro]), dataset, tokenize)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The command: what is in a set
 
 def describe(train, val):
-    """Say what is read, in a few lines: which files, how many items, where the captions come from, three of them."""
+    """Say what is read, in a few lines: which files, how many items, from where captions come, three of them."""
     some = [train.captions(item)[0] for item in first_items(train, 3)]
     same = val.files == train.files and len(val) == len(train) and not train.part_of[0].limit
     held_out = "the same held out: there is only one" if same else f"{len(val):,} held out"
@@ -758,7 +774,8 @@ def main():
     configs.plain_output()
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("prepare", "verify"):
-        fail(f"this command has moved: python -m tools.prepare {'verify ' * (command == 'verify')}...; python -m tools.prepare --help")
+        verify = "verify " if command == "verify" else ""
+        fail(f"this command has moved: python -m tools.prepare {verify}...; python -m tools.prepare --help")
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip(), "\n\nEvery other flag is of the recipe: train.py --help names them.")
         return

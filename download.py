@@ -35,8 +35,15 @@ def gigabytes(count):
 
 def parse_hub(name):
     """Split "hf:owner/name/folder@revision" -> (owner/name, folder, revision); None where it is not of that form."""
-    match = re.fullmatch(r"hf:(?://datasets/)?([\w.-]+/[\w.-]+)((?:/[^@]+)?)(?:@(.+))?", name) or re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)()(?:@(.+))?", name)
+    match = re.fullmatch(r"hf:(?://datasets/)?([\w.-]+/[\w.-]+)((?:/[^@]+)?)(?:@(.+))?", name)
+    match = match or re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)()(?:@(.+))?", name)        # without hf: only the plain name
     return match and (match[1], match[2].strip("/"), match[3])
+
+
+def url_of_hub(repo, folder, revision):
+    """Return the address under which fsspec knows a set of the hub."""
+    at = f"@{revision}" if revision else ""
+    return f"hf://datasets/{repo}{at}/{folder}".rstrip("/")
 
 
 def hub_error(error, name):
