@@ -399,6 +399,7 @@ def test_other_settings_or_pictures_do_not_go_on(hub, source, shards, tmp_path):
     one_line(again(source, "--model.size=64"), "model.size 32 (now 64)")
     one_line(again(source, "--shard=6"), "shard 5 (now 6)")
     one_line(again(source, "--features=no"), "align.teacher dino@", "(now )")
+    one_line(again(source, "--data.caption=txt"), "data.caption  (now txt)")
     one_line(again(pictures(tmp_path / "few", 9)), "items 24 (now 9)")
     other = pictures(tmp_path / "other")
     (other / "007.txt").write_text("a caption of somebody else")

@@ -12,7 +12,7 @@ pictures may be bad.
   --out=...          folder of the shards
   --fp8              text states and features in float8, with a scale for each token: half the bytes
   --features=no      leave away the features of align.teacher
-  --shard=4096       samples of a shard
+  --shard=4096       samples of a shard; with fewer than 3,000 files are mapped anew all the time in training
 """
 import hashlib
 import itertools
@@ -147,6 +147,7 @@ def settings(options, config, train, val):
     """Return everything on which the bytes of the shards depend, as {name: value}."""
     return {
         "version": shards.VERSION, **shards.fingerprint(config), "fp8": options.fp8, "shard": options.shard,
+        "data.image": config.data.image, "data.caption": config.data.caption,
         "items": len(train) + len(val), "source": f"{train.digest} {val.digest}"}
 
 
