@@ -655,10 +655,10 @@ def test_buckets_of_a_folder(source):
     train, val = data.load(c)
     for side, plain in zip((train, val), data.load(replace(c, data=replace(c.data, buckets=False)))):
         assert by_captions(side).keys() == by_captions(plain).keys()
-        assert sum(len(side.items(shape)) for shape in range(len(side.shapes))) == len(side)
+        assert sum(map(len, side.items_by_shape())) == len(side)
     shape_of = {}
     for shape, (height, width) in enumerate(train.shapes):
-        for item in train.items(shape):
+        for item in train.items_by_shape()[shape]:
             picture = train.picture(item)
             w, h = Image.open(source / train.name(item)).size
             assert picture.shape == (3, height, width) and abs(np.log(w / h) - np.log(width / height)) < 0.2
@@ -669,7 +669,7 @@ def test_buckets_of_a_folder(source):
     drawn = Counter(tuple(batch["image"].shape[2:]) for batch in whole)
     assert len(drawn) > 3 and set(drawn) <= set(data.shapes_of_area(64, 8))
     for shape, number in Counter(shape_of.values()).items():
-        share = sum(len(train.items(k)) for k, of in enumerate(train.shapes) if of == shape) / len(train)
+        share = sum(len(items) for items, of in zip(train.items_by_shape(), train.shapes) if of == shape) / len(train)
         assert number and abs(drawn[shape] - share * len(whole)) < 4 * np.sqrt(share * len(whole))
     again = run(train, replace(c, data=replace(c.data, workers=2)), 40, world=3)
     same_batches(whole, again)

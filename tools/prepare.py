@@ -135,8 +135,7 @@ def prepare(options, config):
 def plan_shards(dataset, split, size):
     """Cut the items of each shape into shards: what is where depends on the set and on `size` alone."""
     plan = []
-    for number, (height, width) in enumerate(dataset.shapes):
-        items = dataset.items(number)
+    for (height, width), items in zip(dataset.shapes, dataset.items_by_shape()):
         for start in range(0, len(items), size):
             name = f"{split}-{height}x{width}-{start // size:05}"
             plan.append(ShardPlan(name, split, (height, width), dataset, items[start:start + size]))
