@@ -56,11 +56,9 @@ def load(config):
         parts.append(open_source(name, config, bad, len(named)))
     if len({part.prepared is None for part in parts}) > 1:
         fail(f"{config.data.source} mixes prepared shards with pictures: prepare all of it or nothing")
-    weights = [weight or 1 for _, weight in named]
-    if len(parts) > 1 and named[0][1] is None:
-        if any(part.store for part in parts):
-            fail(f"{config.data.source}: the sizes of sets behind a cache are not known: give weights, as in a:0.7,b:0.3")
-        weights = [sum(len(file) for file in part.train) for part in parts]
+    weights = [weight for _, weight in named]
+    if None in weights and len(parts) > 1 and any(part.store for part in parts):
+        fail(f"{config.data.source}: sizes of sets behind a cache are not known: give weights, as in a:0.7,b:0.3")
     train = Dataset(config, parts, weights, "train", bad)
     return train, Dataset(config, parts, weights, "val", bad)
 
@@ -154,16 +152,19 @@ def open_store(url, config, bad, count):
     summary = source.summary(f", {total} through a cache of {config.data.cache} in {store.folder}")
     part = Part(source.train, source.val, summary, store)
     part.limit = np.uint64(HELD_OUT * 2 ** 64) if source.val is None else None
-    part.val, held = [], 0
+    part.val, held, size = [], 0, 0
     for file in source.val or source.train:             # as many as hold the pictures of the validation set
         name = file.path.relative_to(store.folder).as_posix()
+        size += store.sizes[name]
+        if held >= config.train.val_images or held and size > store.limit / 4:
+            break
         store.pinned.add(name)
         store.fetch(name)
         file.index()
         part.val.append(file)
         held += int((file.keys() < part.limit).sum()) if part.limit else len(file)
-        if held >= config.train.val_images:
-            break
+    if not held and part.limit:                         # a small set
+        part.limit = hold_out(part.val)
     return part
 
 
@@ -226,6 +227,8 @@ class Dataset:
         for number, file in enumerate(self.files):
             if not self.part_of[number].store or side == "val":
                 self.count(number)
+        if None in weights:                             # by size
+            weights = [max(1, int(self.counts[numbers].sum())) for numbers in ranges]
         for part, weight, numbers in zip(parts, weights, ranges):
             self.add_streams(part, weight / sum(weights), numbers)
         self.summary = "\n".join(part.summary for part in parts)
@@ -294,8 +297,8 @@ class Dataset:
                 self.bad.note()
         return self.counts[number]
 
-    def items(self, shape=None, here=False):
-        """Return every item (of a shape), in the order of the files: int64 (n, 2).
+    def items(self, here=False):
+        """Return every item, in the order of the files: int64 (n, 2).
 
         `here`: of files behind a cache only those that the validation set pins there, else the first.
         """
@@ -304,10 +307,19 @@ class Dataset:
             part = self.part_of[number]
             if here and part.store and file is not part.train[0] and file not in part.val:
                 continue
-            rows, which = self.rows(number)
-            rows = rows if shape is None else rows[which == shape]
+            rows, _ = self.rows(number)
             found.append(np.stack([np.full(len(rows), number), rows], 1))
         return np.concatenate(found)
+
+    def items_by_shape(self):
+        """Return the items of each of `shapes`, in the order of the files: a list of int64 (n, 2)."""
+        found = [[np.empty((0, 2), np.int64)] for _ in self.shapes]
+        for number in range(len(self.files)):
+            rows, which = self.rows(number)
+            for shape in np.unique(which):
+                mine = rows[which == shape]
+                found[shape].append(np.stack([np.full(len(mine), number), mine], 1))
+        return [np.concatenate(parts) for parts in found]
 
     def shape_of(self, item):
         """Return the shape (H, W) of an item."""
@@ -349,7 +361,7 @@ class Dataset:
                 return self.read((number, other), choice)
             except Exception as error:                  # broken files raise anything
                 why = reason(error)
-                self.bad.found[number, other] = attempt(self.name, (number, other)) or f"row {other}", why
+                self.bad.found[self.side, number, other] = attempt(self.name, (number, other)) or f"row {other}", why
                 self.bad.hits += other == row
         fail(f"nothing in {self.files[number].path} can be read: {why}")
 
@@ -362,7 +374,10 @@ class Dataset:
     @functools.cached_property
     def digest(self):
         """A hash of what the set is: its files, their items, some captions. All ranks must have the same."""
-        names = [file.path.name for file in self.files if hasattr(file, "path")]
+        names = []
+        for file in self.files:
+            if not isinstance(file, (emoji.Emoji, sources.Folder)):     # a folder may be renamed
+                names.append((file.path.name, getattr(file, "sha256", "")))
         counts = self.counts.tolist()
         if self.part_of[0].store:
             counts = None                               # they become known as the set is read
@@ -744,8 +759,9 @@ def fixed_batches(dataset, tokenize, n, micro_batch, rank=0, world=1):
 def describe(train, val):
     """Say what is read, in a few lines: which files, how many items, from where captions come, three of them."""
     some = [train.captions(item)[0] for item in first_items(train, 3)]
-    same = val.files == train.files and len(val) == len(train) and not train.part_of[0].limit
-    held_out = "the same held out: there is only one" if same else f"{len(val):,} held out"
+    held_out = f"{len(val):,} held out"
+    if val.files == train.files and train.part_of[0].limit is None:
+        held_out = "none held out: the validation loss is of pictures that are trained on"
     count = f"{len(train):,} items"
     if any(part.store for part in train.part_of):
         count = "items (counted as they are read)"

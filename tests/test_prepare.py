@@ -293,7 +293,8 @@ def test_from_archives(source, tmp_path, kind):
     for side in folder:
         wanted.update({captions: side.picture(item) for captions, item in by_captions(side).items()})
     for side in stored:
-        found.update({captions: side.get(item, 0)[0]["image"] for captions, item in by_captions(side).items()})
+        for captions, item in by_captions(side).items():
+            found[captions] = side.get(item, 0)[0]["image"]
     assert wanted.keys() == found.keys() and len(found) == 24
     assert all(np.array_equal(found[captions].numpy(), wanted[captions]) for captions in found)
 
@@ -398,12 +399,17 @@ def test_other_settings_or_pictures_do_not_go_on(hub, source, shards, tmp_path):
     one_line(again(source, "--model.size=64"), "model.size 32 (now 64)")
     one_line(again(source, "--shard=6"), "shard 5 (now 6)")
     one_line(again(source, "--features=no"), "align.teacher dino@", "(now )")
+    one_line(again(source, "--data.caption=txt"), "data.caption  (now txt)")
     one_line(again(pictures(tmp_path / "few", 9)), "items 24 (now 9)")
     other = pictures(tmp_path / "other")
     (other / "007.txt").write_text("a caption of somebody else")
     one_line(again(other), "source ")
     one_line(lambda: prepared_with(hub, shards, tmp_path / "twice"), "is prepared already")
     assert not (tmp_path / "twice").exists()
+    begun = copy(shards, tmp_path / "begun")                # by a version that wrote other shards
+    before = {"version": 1, "fingerprint": {}, "fp8": False, "shard": 5}
+    (begun / "prepare.json").write_text(json.dumps(before))
+    one_line(lambda: prepared_with(hub, source, begun), "version 1 (now 2)")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -427,6 +433,7 @@ def test_mistakes_of_the_command_line(hub, source, tmp_path):
     one_line(lambda: prepared_with(hub, source, tmp_path / "out", "--fp8=maybe"), "fp8 wants yes or no")
     one_line(lambda: prepared_with(hub, source, tmp_path / "out", "--fp9"), "unknown key --fp9")
     one_line(lambda: prepared_with(hub, source, tmp_path / "out", "--vae=no/such/vae"), "no/such/vae")
+    assert not (tmp_path / "out").exists()                  # the next attempt is not one with another --vae
 
 
 def test_bad_pictures_are_skipped_and_counted(hub, tmp_path, capsys):
@@ -648,10 +655,10 @@ def test_buckets_of_a_folder(source):
     train, val = data.load(c)
     for side, plain in zip((train, val), data.load(replace(c, data=replace(c.data, buckets=False)))):
         assert by_captions(side).keys() == by_captions(plain).keys()
-        assert sum(len(side.items(shape)) for shape in range(len(side.shapes))) == len(side)
+        assert sum(map(len, side.items_by_shape())) == len(side)
     shape_of = {}
     for shape, (height, width) in enumerate(train.shapes):
-        for item in train.items(shape):
+        for item in train.items_by_shape()[shape]:
             picture = train.picture(item)
             w, h = Image.open(source / train.name(item)).size
             assert picture.shape == (3, height, width) and abs(np.log(w / h) - np.log(width / height)) < 0.2
@@ -662,7 +669,7 @@ def test_buckets_of_a_folder(source):
     drawn = Counter(tuple(batch["image"].shape[2:]) for batch in whole)
     assert len(drawn) > 3 and set(drawn) <= set(data.shapes_of_area(64, 8))
     for shape, number in Counter(shape_of.values()).items():
-        share = sum(len(train.items(k)) for k, of in enumerate(train.shapes) if of == shape) / len(train)
+        share = sum(len(items) for items, of in zip(train.items_by_shape(), train.shapes) if of == shape) / len(train)
         assert number and abs(drawn[shape] - share * len(whole)) < 4 * np.sqrt(share * len(whole))
     again = run(train, replace(c, data=replace(c.data, workers=2)), 40, world=3)
     same_batches(whole, again)

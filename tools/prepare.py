@@ -12,7 +12,7 @@ pictures may be bad.
   --out=...          folder of the shards
   --fp8              text states and features in float8, with a scale for each token: half the bytes
   --features=no      leave away the features of align.teacher
-  --shard=4096       samples of a shard
+  --shard=4096       samples of a shard; with fewer than 3,000 files are mapped anew all the time in training
 """
 import hashlib
 import itertools
@@ -37,7 +37,7 @@ import configs
 import data
 import pretrained
 import shards
-from sources import atomic, reason
+from sources import atomic, attempt, reason
 
 BATCH = 64                                                  # pictures encoded at once
 GO_ON = "the same command goes on from here"
@@ -60,6 +60,7 @@ class ShardPlan(NamedTuple):
 
 
 def main(argv):
+    configs.plain_output()
     if "-h" in argv or "--help" in argv:
         print(__doc__.strip())
     elif argv[:1] == ["verify"]:
@@ -102,8 +103,8 @@ def prepare(options, config):
     if rank == 0:
         print(data.describe(train, val))
     plan = [*plan_shards(train, "train", options.shard), *plan_shards(val, "val", options.shard)]
+    encode = Encoder(config, options.fp8)                   # before the folder is made: it may fail
     begin(root, settings(options, config, train, val), rank)
-    encode = Encoder(config, options.fp8)
     encode.write_null(root, rank)
 
     todo = []
@@ -134,8 +135,7 @@ def prepare(options, config):
 def plan_shards(dataset, split, size):
     """Cut the items of each shape into shards: what is where depends on the set and on `size` alone."""
     plan = []
-    for number, (height, width) in enumerate(dataset.shapes):
-        items = dataset.items(number)
+    for (height, width), items in zip(dataset.shapes, dataset.items_by_shape()):
         for start in range(0, len(items), size):
             name = f"{split}-{height}x{width}-{start // size:05}"
             plan.append(ShardPlan(name, split, (height, width), dataset, items[start:start + size]))
@@ -144,13 +144,15 @@ def plan_shards(dataset, split, size):
 
 def settings(options, config, train, val):
     """Return everything on which the bytes of the shards depend, as {name: value}."""
-    return {**shards.fingerprint(config), "version": shards.VERSION, "fp8": options.fp8,
-            "shard": options.shard, "items": len(train) + len(val), "source": f"{train.digest} {val.digest}"}
+    return {
+        "version": shards.VERSION, **shards.fingerprint(config), "fp8": options.fp8, "shard": options.shard,
+        "data.image": config.data.image, "data.caption": config.data.caption,
+        "items": len(train) + len(val), "source": f"{train.digest} {val.digest}"}
 
 
 def begin(root, settings, rank):
     """Make the folder, or see that it was begun with the same settings."""
-    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    names = [path.name for path in root.glob("*")]
     if not (root / "prepare.json").is_file():               # asked last: another rank may begin meanwhile
         if any(not name.startswith("prepare.json") for name in names):
             configs.fail(f"--out={root} is not empty: give a new folder")
@@ -163,8 +165,8 @@ def begin(root, settings, rank):
     before = json.loads((root / "prepare.json").read_text())
     differ = [key for key in settings if before.get(key) != settings[key]]
     if differ:
-        what = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in differ)
-        configs.fail(f"{root} was begun with another {what}: give another --out or delete it")
+        some = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in differ[:3])
+        configs.fail(f"{root} was begun with another {some}: give another --out or delete it")
 
 
 def finished_record(root, shard):
@@ -173,7 +175,9 @@ def finished_record(root, shard):
         record = json.loads((root / f"{shard.name}.json").read_text())
     except (OSError, ValueError):
         return None
-    return None if record["count"] and shards.damage(root, record) else record
+    if record["count"] and shards.damage(root, record):
+        return None
+    return record
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,8 +204,8 @@ class Decoder(torch.utils.data.Dataset):
                 pictures.append(torch.from_numpy(dataset.picture(item)))
                 captions.append(captions_of_item)
             except Exception as error:                      # broken files raise anything
-                bad.append((dataset.name(item), reason(error)))
-        return number, pictures and torch.stack(pictures), captions, bad
+                bad.append((attempt(dataset.name, item) or str(item), reason(error)))
+        return number, torch.stack(pictures) if pictures else None, captions, bad
 
 
 def decoded_batches(plan, config):
@@ -246,8 +250,8 @@ class Encoder:
         for key in ("latent", "teacher", "text"):
             if key in tensors and not tensors[key].isfinite().all():
                 fail_on_this_rank(f"{key} is not finite in the batch that begins with {captions[0][0]!r}")
-        for key in ("teacher", "text") if self.fp8 else ():
-            if key in tensors:
+        for key in ("teacher", "text"):
+            if self.fp8 and key in tensors:
                 tensors[key], tensors[f"{key}_scale"] = to_float8(tensors[key])
         return {key: tensor.cpu() for key, tensor in tensors.items()}
 
@@ -258,8 +262,9 @@ class Encoder:
         `length`, how many of these are not padding.
         """
         ids, mask = self.tokenize(captions)
-        stored = torch.ones_like(mask) if self.store_padding else mask
-        groups = None if self.store_padding else pretrained.buckets(mask)
+        stored, groups = mask, pretrained.buckets(mask)
+        if self.store_padding:
+            stored, groups = torch.ones_like(mask), None
         states = self.text_encoder(ids, mask, groups)       # (captions, L, D)
         text = states[stored.to(self.device)].bfloat16()
         return {"text": text, "tokens": stored.sum(1), "length": mask.sum(1)}
@@ -292,7 +297,7 @@ def encode_shard(batches, encode, bar):
 
 
 def pack(encoded, captions):
-    """Join encoded batches, and the captions of each sample, to the tensors of a shard (see data.py)."""
+    """Join encoded batches, and the captions of each sample, to the tensors of a shard (see shards.py)."""
     tensors = {}
     for key in list(encoded[0]):
         tensors[key] = torch.cat([batch.pop(key) for batch in encoded])        # popped: not twice in memory
@@ -362,10 +367,10 @@ def write_index(root, plan, config, known_bad, rank):
 
     def total(key):
         return sum(record[key] for record in made)
-    count, captions, tokens = total("count"), total("captions"), total("tokens")
+    count, captions = total("count"), total("captions")
+    tokens = f" of {total('tokens') / captions:.3g} tokens" if total("tokens") else ""
     print(f"{root}: {count} images in {len(made)} shards, {len(known_bad.known)} skipped; "
-          f"{total('bytes') / count:,.0f} bytes and {captions / count:.3g} captions each"
-          + f" of {tokens / captions:.3g} tokens" * (tokens > 0))
+          f"{total('bytes') / count:,.0f} bytes and {captions / count:.3g} captions each{tokens}")
 
 
 def verify(argv):
