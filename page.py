@@ -260,4 +260,4 @@ def html(folder, c, rows, prompts, near):
 def write(folder, c, rows, prompts, near):
     """rows: of log.jsonl; prompts: of the sample grids; near: what `nearest` found."""
     with sources.atomic(folder / "index.html") as part:
-        part.write_text(html(folder, c, rows, prompts, near), "utf-8")
+        part.write_text(html(folder, c, rows, prompts, near), "utf-8", "backslashreplace")
