@@ -573,6 +573,8 @@ def bench(c, repeats=20):
         host = {"latent": torch.randn(size, c.model.channels, side, side), "text": torch.randn(size, length, c.text.dim).bfloat16(), "mask": host["mask"]}
         host |= {"teacher": torch.randn(size, c.side ** 2, align_dim).bfloat16()} if align_dim else {}
         null = host["text"][:1].clone(), null[1]
+    if device.type == "cuda":
+        host = {key: value.pin_memory() for key, value in host.items()}                                  # as the loader's thread does
     here = tuple(a.to(device) for a in null)
 
     def step(number, clock=lambda part, function: function):
@@ -606,9 +608,11 @@ def bench(c, repeats=20):
     parts = {part: 1000 * sorted(values)[len(values) // 2] for part, values in spent.items()}
     parts["forward"] -= sum(parts.get(inner, 0) for inner in ("text", "teacher", "perceptual"))           # the last with its own backward
     parts["ema"] /= c.optim.ema_every
+    rare, micros = (parts["optimizer"] + parts["ema"]) / 1000, c.train.batch // size                    # one GPU updates once in so many
     cost = 3 * flops(c, length if c.text.encoder == "bpe" or c.text.pad else real.float().mean().item())
     row = {"recipe": c.name, **provenance(device), "dtype": str(model.dtype)[6:], "compiled": compiled, "micro_batch": size, "repeats": repeats,
            "img_s": size / seconds, "ms": 1000 * seconds, "ms_min": 1000 * min(whole), "ms_max": 1000 * max(whole), **{f"ms_{k}": v for k, v in parts.items()},
+           "img_s_batch": c.train.batch / (micros * (seconds - rare) + rare),
            "mfu": cost * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
     print(f"\n{c.name}: {row['device']}, torch {row['torch']}, {row['dtype']}, {'compiled' if compiled else 'eager'}, micro-batch {size}")
     for part in ("data", "text", "teacher", "perceptual", "forward", "backward", "optimizer", "ema"):
@@ -616,6 +620,8 @@ def bench(c, repeats=20):
             print(f"  {part:10} {parts[part]:9.1f} ms {parts[part] / row['ms']:7.0%}")
     print(f"  {'step':10} {row['ms']:9.1f} ms (median of {repeats}; {row['ms_min']:.1f} to {row['ms_max']:.1f})   "
           f"{row['img_s']:.0f} images/s   MFU {row['mfu']:.0%}   peak memory {row['gib']:.1f} GiB")
+    if micros > 1:
+        print(f"  {'batch':10} of {c.train.batch:,} in {micros} micro-batches with one update, from the above: {row['img_s_batch']:.0f} images/s")
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
 
 
