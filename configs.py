@@ -156,7 +156,7 @@ class Sample:
     sampler: str = "euler"          # "euler", "heun" or "multistep"
     lo: float = 0.0                 # guidance acts while lo <= t <= hi ...
     hi: float = 1.0                 # ... and costs nothing outside
-    prompts: str = ""               # of the training grid, parted by |; "" = the first eight held-out captions
+    prompts: str = ""               # of the training grid, parted by |; "" = eight held-out captions
 
 
 @dataclass(frozen=True)
@@ -377,10 +377,14 @@ def parse(argv, default="emoji"):
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, 1)
         fail(f"no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are: {', '.join(recipes)}")
-    config = recipes[name]
+    recipe = recipes[name]
+    config = replace(recipe, sample=replace(recipe.sample, prompts=None))       # none: not given
     for key, text in pairs:
         if key != "config":
             config = override(config, key, text)
+    if config.sample.prompts is None:                       # a recipe's prompts are of its own data
+        prompts = recipe.sample.prompts if config.data.source == recipe.data.source else ""
+        config = replace(config, sample=replace(config.sample, prompts=prompts))
     return check(config)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import configs
 import data
 import evaluate
-from sample import picture
+from sample import excerpt, picture
 
 MOST = 500                                                  # points of a curve; of more log lines, each is the mean of several
 SEARCH = 2 ** 27                                            # colour values among which nearest pictures are looked for: eight times those of `emoji`
@@ -221,7 +221,7 @@ def slider(folder, c, seen, prompts):
         return '<p class="soft">None yet.</p>'
     with Image.open(folder / "samples" / f"{names[-1]}.png") as last:
         width, height = last.size
-    alt = escape(f"Samples for: {'; '.join(prompts)}")
+    alt = escape(f"Samples for: {'; '.join(excerpt(prompt, 200) for prompt in prompts)}")
     return f"""<figure class="time"><img id="grid" width="{width}" height="{height}" src="samples/{names[-1]}.png" alt="{alt}">
 <input id="when" type="range" min="0" aria-label="Images seen" data-names="{' '.join(names)}" data-total="{c.train.images}">
 <figcaption id="which">after {int(names[-1]):,} images</figcaption></figure><script>{SCRIPT}</script>"""

@@ -17,7 +17,6 @@ import json
 import math
 import re
 import select
-import shlex
 import socket
 import sys
 import threading
@@ -32,7 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import configs
 from page import STYLE
-from sample import generate, one_line, open_checkpoint, options, save_png, settings
+from sample import command, example, generate, one_line, open_checkpoint, options, save_png, settings
 
 FIELDS = ("prompt", "seed", "steps", "guidance", "size")
 HISTORY = 20
@@ -217,10 +216,9 @@ class Studio:
         also = {name: getattr(self.args, name) for name in ("text", "vae", "weights", "guide", "sampler", "lo", "hi")}
         flags = {"checkpoint": self.path, "seed": seed, "n": 1, "steps": s.steps, "guidance": s.guidance, "size": c.model.size, **also}
         flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        command = shlex.join(["python", "sample.py", *([*flags, "--", prompt] if prompt.startswith("-") else [prompt, *flags])])
         print(f"{self.out / file}: {prompt!r}, {seconds:.3g} s", flush=True)
         made = {"file": file, "prompt": prompt, "seed": str(seed), "steps": s.steps, "guidance": s.guidance, "size": c.model.size,
-                "seconds": round(seconds, 2), "command": command}
+                "seconds": round(seconds, 2), "command": command(prompt, *flags)}
         self.history.append(made)
         return made
 
@@ -239,7 +237,8 @@ class Studio:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(self.c.name)} · nanoT2I</title><link rel="icon" href="data:,"><style>{OWN_STYLE}</style></head>
 <body><header><h1>{escape(self.c.name)}</h1><p class="soft">{name}</p></header>
-<main><form id="form"><div><label for="prompt">prompt</label><textarea id="prompt" name="prompt" autofocus></textarea></div>
+<main><form id="form"><div><label for="prompt">prompt</label>
+<textarea id="prompt" name="prompt" placeholder="{escape(example(self.path))}" autofocus></textarea></div>
 <div id="numbers">{numbers}</div>
 <div id="buttons"><button id="go" type="submit">Draw</button><button id="next" type="button">Next seed</button>
 <button id="stop" type="button" disabled>Stop</button></div>

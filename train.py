@@ -54,7 +54,7 @@ from cluster import (Saver, Watch, agree, bf16_reduce, blocks_of, clip, digest_o
                      together, whole)
 from configs import fail
 from model import Denoiser, count, flops, patchify, unpatchify
-from sample import generate, grid
+from sample import command, excerpt, generate, grid
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -275,9 +275,23 @@ def plot(rows, path):
     page.save(path)
 
 
+def drawn_items(dataset, n=8):
+    """The items whose captions are drawn when no prompts are given: n, spread over the set."""
+    return range(0, len(dataset), max(1, len(dataset) // n))[:n]
+
+
+def grid_prompts(c, dataset, held_out):
+    """The prompts of the sample grid: those that are given, else captions that are never trained on."""
+    given = c.sample.prompts.encode("utf-8", "replace").decode()        # a command line may hold any bytes
+    if prompts := [prompt.strip() for prompt in given.split("|") if prompt.strip()]:
+        return prompts
+    some = held_out if len(held_out) else dataset           # of a single picture, its own
+    return [some.captions[i][0] for i in drawn_items(some)]
+
+
 def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
-    prompts = c.sample.prompts.split("|") if c.sample.prompts else [held_out.captions[i][0] for i in range(min(8, len(held_out)))]
+    prompts = grid_prompts(c, dataset, held_out)
     mine = range(rank, len(prompts), world)                                                               # every rank paints some
     with whole((ema if c.optim.ema else model).eval()) as net:
         result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device, vae)
@@ -289,6 +303,7 @@ def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, 
         images = torch.stack([images[i % world][i // world] for i in range(len(prompts))]) if world > 1 else images
         try:
             (folder / "samples").mkdir(exist_ok=True)
+            (folder / "prompts.txt").write_text("".join(" ".join(p.split()) + "\n" for p in prompts), "utf-8")
             grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
             rows = log.rows()
             plot(rows, folder / "loss.png")
@@ -350,9 +365,10 @@ def build(c, device, align_dim, world=1):
     return model, ema, muon.build(model, c.optim, mesh)
 
 
-def recalled(dataset, null, n):
-    """(tokenize, encode) of prepared data, whose text encoder is not here: they know the first n captions of the set, and ""."""
-    found = [data.finish(data.gather(dataset, [(i, 0)]), dataset, None) for i in range(n)]                  # one by one: their shapes may differ
+def recalled(dataset, null, items):
+    """(tokenize, encode) of prepared data, without a text encoder: they know the items' captions, and ""."""
+    alone = [data.gather(dataset, [(i, 0)]) for i in items]     # shapes may differ
+    found = [data.finish(batch, dataset, None) for batch in alone]
     width = max(a["text"].shape[1] for a in ({"text": null[0]}, *found))
     states, masks = (torch.cat([F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1])) for a in (first.to(rest[0].dtype), *rest)])
                      for first, rest in ((null[0], [a["text"] for a in found]), (null[1], [a["mask"] for a in found])))
@@ -414,7 +430,7 @@ def train(c):
     if "text" in has:
         null = dataset.null[None], torch.ones(1, len(dataset.null), dtype=torch.bool)
         tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
-            recalled(held_out, null, min(8, len(held_out)))
+            recalled(held_out, null, drawn_items(held_out))
     else:
         tokenize, encode_prompts = pretrained.tokenizer(c, bpe), encode
         null = tokenize([""])
@@ -425,8 +441,9 @@ def train(c):
     if cut := int((lengths == c.text.length).sum()):
         say(f"{cut} of {len(lengths)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
     steps = c.train.images // c.train.batch
+    draw = command(excerpt(grid_prompts(c, dataset, held_out)[0]), f"--checkpoint={folder}")
     if step >= steps:
-        say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
+        say(f"{folder} is finished: {draw}; to train on, --train.images=...; to start afresh, another --out")
         return leave(world)
     compiled = compile_blocks(c, model, device)
     keep_memory(device)
@@ -528,7 +545,8 @@ def train(c):
             return leave(world, watch)
     bar.close()
     saver.last()
-    say(f"finished after {clock.total() / 60:.1f} minutes of training: look at {folder}/index.html, then python sample.py \"a red apple\"")
+    minutes = clock.total() / 60
+    say(f"finished after {minutes:.1f} minutes of training: look at {folder}/index.html, then {draw}")
     leave(world, watch)
 
 

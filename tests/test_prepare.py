@@ -407,7 +407,7 @@ def test_prepared_buckets_equal_online(hub, source, tmp_path):
         assert torch.cosine_similarity(b["teacher"].float(), teacher(x), dim=-1).min() > 0.9999            # on the bucket's own grid
     assert len({b["latent"].shape for b in run(train, p, 10)}) > 3
     null = train.null[None], torch.ones(1, len(train.null), dtype=torch.bool)                             # the first eight, of several shapes
-    tokenize, encode = loop.recalled(train, null, 8)
+    tokenize, encode = loop.recalled(train, null, range(8))
     for i in (0, 7):
         ids, mask = tokenize([train.captions[i][0], ""])
         want = train.item(i, 0)[0]
