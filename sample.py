@@ -82,8 +82,8 @@ def wrap(text, font, width, most=5):
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            end = next(i for i in range(len(lines[-1]) - 1, 0, -1) if i == 1 or font.getlength(lines[-1][:i]) <= width)
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1 and len(lines) <= most:
+            end = next(i for i in range(2, len(lines[-1]) + 1) if font.getlength(lines[-1][:i]) > width) - 1
             lines[-1:] = lines[-1][:end], lines[-1][end:]
     return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-3] + "..."]
 
