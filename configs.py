@@ -34,7 +34,7 @@ class Data:
 @dataclass(frozen=True)
 class Text:
     encoder: str = "bpe"            # "bpe": own byte-level BPE + a text transformer trained jointly; else a hub id or folder, frozen
-    length: int = 16                # longest caption in tokens; the rest is cut off
+    length: int = 16                # tokens of a caption that are read at most; an encoder may read fewer
     vocab: int = 2048               # bpe: size of the vocabulary
     width: int = 192                # bpe: the text transformer's
     depth: int = 2

@@ -46,6 +46,13 @@ def summed(x, device):
     return x.cpu()
 
 
+def say_cut(tokenize, texts, what="prompts"):
+    """Says on the first rank how many of the texts are not read to their end, if any."""
+    line = "" if share()[0] else pretrained.cut_line(tokenize, texts, what)
+    if line:
+        print(line)
+
+
 def bar(**options):
     return tqdm(leave=False, disable=True if share()[0] else None, **options)
 
@@ -211,6 +218,7 @@ def clip(name, device):
     size, length = config.vision_config.image_size, config.text_config.max_position_embeddings            # 77
     model, _, mean, std = pretrained.looker(name, "--clip", config, device, dtype=torch.float32)
     own = pretrained.from_hub(AutoTokenizer, name, "--clip", padding_side="right")
+    tokenize = pretrained.own_tokenizer(own, length)
     unit = lambda out: F.normalize(out.pooler_output, dim=-1).cpu()
 
     @torch.no_grad()
@@ -219,9 +227,10 @@ def clip(name, device):
 
     @torch.no_grad()
     def read(texts):
-        ids, mask = pretrained.own_tokens(own, length, False, texts)
+        ids, mask = tokenize(texts)
         return unit(model.get_text_features(ids.to(device), mask.to(device).long()))
     encode.dim, encode.mark, encode.read = config.projection_dim, mark(model, config.to_json_string(), size, mean, std), read
+    encode.tokenize = tokenize
     return encode
 
 
@@ -383,13 +392,18 @@ NEEDS = {"fd": "dinov2", "kid": "dinov2", "cmmd": "clip", "clip": "clip"}
 ENOUGH = {"fd": 10_000, "kid": 1_000, "cmmd": 1_000, "clip": 100}                       # fewer pictures, and the number says little
 
 
+def chosen(dataset, n):
+    """The n items whose captions are the prompts."""
+    return data.permutation(0, 0, len(dataset))[:n].tolist()
+
+
 def against_real(model, c, tokenize, encode, dataset, networks, what, n, seed, home, vae=None):
     """The numbers among fd, kid, cmmd and clip that `what` asks for, on the first rank; the others help."""
     rank, world = share()
     device = next(model.parameters()).device
     if len(dataset) < 2:
         configs.fail("fd, kid, cmmd and clip need two real pictures at least: try --set=both")
-    index = data.permutation(0, 0, len(dataset))[:n].tolist()
+    index = chosen(dataset, n)
     captions = [dataset.captions[i][0] for i in index]
     n, keep = len(index), {NEEDS[key] for key in what if key in ("kid", "cmmd", "clip")}
     theirs = reference(networks, keep, dataset, index, captions, vae, home, device)
@@ -549,6 +563,7 @@ def draw(args, rank):
     out = Path(args.out or ("out/geneval" if args.geneval else "out/dpg"))
     out.mkdir(parents=True, exist_ok=True)
     path, model, c, tokenize, encode, vae = open_checkpoint(args)
+    say_cut(tokenize, [prompt for prompt, _, _ in jobs])
     drawn = benchmark(model, c, tokenize, encode, jobs, out, settings(c, path, args), args.seed, vae)
     if rank == 0:
         print(f"{path}\n{out}: {len(jobs)} prompts, {drawn} of them drawn now, {len(jobs) - drawn} before")
@@ -569,6 +584,8 @@ def numbers(args, what, rank, world):
     found = {**settings(c, path, args), "seed": args.seed, "data": c.data.source}
     if rank == 0:
         print(path)
+    if "loss" in what or "retrieval" in what:
+        say_cut(tokenize, pretrained.some_captions(val), "captions")
     if "loss" in what:
         found["loss"] = validation_loss(model, c, tokenize, encode, val, c.train.val_images, rank, world, device, vae)
         if rank == 0:
@@ -584,6 +601,10 @@ def numbers(args, what, rank, world):
         source = Path(c.data.source).expanduser().resolve()
         home = source.with_name(source.name + ".features") if source.exists() else out.parent / "features"
         dataset = {"seen": train, "both": data.Mixture([train, val], [1, 1], getattr(train, "bad", None))}.get(args.set, val)
+        captions = [dataset.captions[i][0] for i in chosen(dataset, args.n or 10_000)]
+        say_cut(tokenize, captions, "captions")
+        if "clip" in what:
+            say_cut(networks["clip"].tokenize, captions, "captions, as --clip reads them,")
         found |= against_real(model, c, tokenize, encode, dataset, networks, what, args.n or 10_000, args.seed, home, vae)
         found["networks"] = names
         if rank == 0:

@@ -191,6 +191,7 @@ def warnings(rows, most=50):
         at = f"image {r['images']:,}: " if "images" in r else ""
         said += [f"{at}slow: {r['slow']}"] if "slow" in r else []
         said += [f"{at}{r['failed']}"] if "failed" in r else []
+        said += [r["cut"]] if "cut" in r else []
         said += [f"{at}skipped, the gradient was not finite ({r['bad']} in a row)"] if r.get("bad") else []
         said += [f"{at}the loss is {r['loss']}"] if not math.isfinite(r.get("loss", 0.0)) else []
         said += [f"resumed at step {r['resumed']:,}, on {r.get('device', 'an unknown device')}"] if "resumed" in r else []

@@ -241,6 +241,9 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         path, model, c, tokenize, encode, vae = open_checkpoint(args)
         made = settings(c, path, args)
+        for prompt in prompts:
+            if cut := tokenize.cut(prompt):
+                print(f"{excerpt(prompt)!r} is cut: {cut}")
         captions = [prompt for prompt in prompts for _ in range(args.n)]
         seeds = [args.seed + i for _ in prompts for i in range(args.n)]
         print(", ".join(f"{key} {value}" for key, value in made.items()))

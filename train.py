@@ -389,6 +389,29 @@ def to_device(c, batch, null, device):
     return {k: send(v) for k, v in batch.items() if torch.is_tensor(v)} | made
 
 
+def caption_lengths(c, tokenize, dataset, held_out, prepared):
+    """-> how many tokens are read of some captions, (n,); lines that say which texts are not read whole."""
+    if prepared:
+        lengths = next(data.fixed_batches(held_out, None, 256, 256))["mask"].sum(1)
+        full = int((lengths >= c.text.length).sum())
+        line = f"{full} of {len(lengths)} captions fill all {c.text.length} tokens that were prepared"
+        lines = [f"{line}; longer ones were cut there"] if full else []
+    else:
+        texts = pretrained.some_captions(dataset)
+        lengths = tokenize(texts)[1].sum(1)
+        what = "captions" if len(dataset) < 2000 else "captions looked at"
+        cut = pretrained.cut_line(tokenize, texts, what)
+        if tokenize.length < c.text.length:
+            lines = [f"--text={c.text.encoder} reads {tokenize.length} tokens at most: "
+                     f"text.length={c.text.length} is lowered to that", cut]
+        else:
+            lines = [f"{cut}; a larger --text.length reads more" if cut else ""]
+    if c.sample.prompts:                                    # of captions in their place enough is said
+        prompts = grid_prompts(c, dataset, held_out)
+        lines.append(pretrained.cut_line(tokenize, prompts, "prompts of the sample grid"))
+    return lengths, [line for line in lines if line]
+
+
 def update_ema(c, model, ema, step):
     """ema <- decay ema + (1 - decay) weights; ramped up, so that a short run's is no average with the initialisation."""
     updates = step // c.optim.ema_every
@@ -426,7 +449,7 @@ def train(c):
     bpe = None
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
-            pretrained.bpe_train([text for i in range(0, len(dataset), 1 + len(dataset) // 1_000_000) for text in dataset.captions[i]], c.text.vocab)
+            pretrained.bpe_train(pretrained.some_captions(dataset, 1_000_000), c.text.vocab, c.text.length)
     if "text" in has:
         null = dataset.null[None], torch.ones(1, len(dataset.null), dtype=torch.bool)
         tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
@@ -436,10 +459,9 @@ def train(c):
         null = tokenize([""])
     null = tuple(F.pad(a, (0, 0) * (a.ndim - 2) + (0, max(0, c.text.length - a.shape[1]))) for a in null)       # as wide as any batch
     here = tuple(a.to(device) for a in null)
-    lengths = next(data.fixed_batches(held_out, tokenize, 256, 256))["mask"].sum(1) if "text" in has else \
-        tokenize([dataset.captions[i][0] for i in range(min(2000, len(dataset)))])[1].sum(1)
-    if cut := int((lengths == c.text.length).sum()):
-        say(f"{cut} of {len(lengths)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
+    lengths, cut = caption_lengths(c, tokenize, dataset, held_out, "text" in has)
+    for line in cut:
+        say(line)
     steps = c.train.images // c.train.batch
     draw = command(excerpt(grid_prompts(c, dataset, held_out)[0]), f"--checkpoint={folder}")
     if step >= steps:
@@ -462,6 +484,9 @@ def train(c):
     together(world, lambda: held.append(hold(folder)) if rank == 0 else None)
     watch, rates = Watch(rank, world, c.train.timeout, device), deque(maxlen=50)                          # img/s of the last log lines
     log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world, patient, watch)
+    if not step:                                            # else the log has them
+        for line in cut:
+            log.write(0, cut=line)
     say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
