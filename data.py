@@ -49,6 +49,8 @@ LANCZOS = Image.Resampling.LANCZOS
 
 def load(config):
     """Open what --data names -> (training set, validation set)."""
+    if not config.data.source:
+        fail("--data= names nothing: a folder, hf:owner/name, emoji, ...")
     bad = Bad(config)
     parts = []
     named = split_mixture(config.data.source)
@@ -65,7 +67,7 @@ def load(config):
 
 def split_mixture(text):
     """Split 'a:0.7,b:0.3' -> [('a', 0.7), ('b', 0.3)]; None stands for a weight that is not given."""
-    if Path(text).expanduser().exists() or "{" in text:
+    if Path(os.path.expanduser(text)).exists():
         return [(text, None)]
     parts = []
     for part in text.split(","):
@@ -92,35 +94,35 @@ class Part:
         self.limit = None
 
 
-def open_source(name, config, bad, count):
+def open_source(name, config, bad, n_sources):
     """Find out what a name stands for: built-in, prepared, here, on the hub, in a bucket."""
     if name == "emoji":
         train, val = emoji.load(config)
         drawings = f"{len(train.names)} drawings ({config.data.subset}; {config.data.styles})"
         return Part([train], [val], f"emoji: {drawings} on {len(train.colors)} backgrounds")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     hub = None if path.exists() else download.parse_hub(name)
     if config.data.cache and hub:
         name = download.url_of_hub(*hub)
     if "://" in name:
-        return open_store(name, config, bad, count)
+        return open_store(name, config, n_sources)
     if hub:
         path = download.download(name)
     if (path / "prepare.json").is_file():
         return open_prepared(path, config)
-    names, hidden = [path.name], 0
+    names, left_out = [path.name], {}
     if path.is_dir():
-        names, hidden = sources.walk(path)
+        names, left_out = sources.walk(path)
     elif not path.is_file():
         fail(f"no folder {path}; data.source is a folder of captioned pictures, a .tar, .zip or .parquet, "
              "hf:owner/name, or emoji")
     source = sources.find(path, names, config)
-    source.left_out["hidden folders"] = hidden
-    files = in_turn([*source.train, *(source.val or [])])
+    source.left_out.update(left_out)
+    files = rotated_by_rank([*source.train, *(source.val or [])])
     for file in tqdm(files, desc="indexing", leave=False, disable=len(files) < 10):
         file.index()
         bad.add(file)
-        source.left_out["pictures beside the one meant, such as masks"] += len(file.left_out)
+        source.left_out.update(file.left_out)
     bad.note()
     if not sum(len(file) for file in source.train):
         fail(f"no picture in {path} can be used: {bad.example()}")
@@ -130,17 +132,17 @@ def open_source(name, config, bad, count):
     return part
 
 
-def in_turn(files):
+def rotated_by_rank(files):
     """Order files such that each rank begins with others: together they have soon indexed all."""
     first = int(os.environ.get("RANK", 0)) * len(files) // int(os.environ.get("WORLD_SIZE", 1))
     return files[first:] + files[:first]
 
 
-def open_store(url, config, bad, count):
+def open_store(url, config, n_sources):
     """Open a source that is read through a cache. Only the files of the validation set are fetched now."""
     if not config.data.cache:
         fail(f"{url} is read through a cache: say how large it may be, as in --data.cache=200GB")
-    store = download.Store(url, configs.parse_size(config.data.cache, "data.cache") // count)
+    store = download.Store(url, configs.parse_size(config.data.cache, "data.cache") // n_sources)
     if "prepare.json" in store.sizes:
         return open_prepared(store.folder, config, store)
     if config.data.buckets:
@@ -163,6 +165,8 @@ def open_store(url, config, bad, count):
         file.index()
         part.val.append(file)
         held += int((file.keys() < part.limit).sum()) if part.limit else len(file)
+    if not sum(len(file) for file in part.val):
+        fail(f"no picture in {url} can be used: {[why for file in part.val for _, why in file.lost][:1]}")
     if not held and part.limit:                         # a small set
         part.limit = hold_out(part.val)
     return part
@@ -225,7 +229,7 @@ class Dataset:
             self.part_of += [part] * len(files)
         self.counts = np.full((len(self.files), len(self.shapes)), -1, np.int64)
         for number, file in enumerate(self.files):
-            if not self.part_of[number].store or side == "val":
+            if not self.part_of[number].store or side == "val" or self.prepared:
                 self.count(number)
         if None in weights:                             # by size
             weights = [max(1, int(self.counts[numbers].sum())) for numbers in ranges]
@@ -239,6 +243,7 @@ class Dataset:
         return Dataset(config, parts, weights, "both", bad)
 
     def add_streams(self, part, share, numbers):
+        """Add a stream for each shape that occurs in a source."""
         if len(self.shapes) == 1:
             self.streams.append((numbers, 0, share))
             return
@@ -252,6 +257,7 @@ class Dataset:
 
     @property
     def emoji(self):
+        """The `Emoji` of the built-in set; None of any other."""
         return self.files[0] if len(self.files) == 1 and isinstance(self.files[0], emoji.Emoji) else None
 
     def file(self, number):
@@ -394,7 +400,10 @@ class Bad:
     def __init__(self, config):
         self.source, self.max_bad = config.data.source, config.data.max_bad
         self.total = 0                                  # items in all, as far as known
-        self.known = {}                                 # {item or name: why}
+        self.known = {}                                 # {(side or file, ...): (name, why)}
+        self.unnamed = 0                                # items of files that cannot be opened, beside the one that is known
+        self.opened = 0                                 # files that can be read
+        self.said = 0                                   # how many were known when a count was last said
         self.found = {}                                 # {item: (name, why)} that this process did not tell yet
         self.hits = 0                                   # of the items that were asked for since then
         self.asked = self.met = 0                       # items that batches asked for, and the bad ones of them
@@ -402,6 +411,11 @@ class Bad:
     def add(self, file):
         """Count a file's items, and those that its index calls lost."""
         self.total += file.total
+        if isinstance(file, sources.Parquet) and not len(file) and self.total > file.total:
+            mean = self.total // max(1, self.opened)    # it may have held as many as the others
+            self.unnamed += mean - 1
+            self.total += mean - 1
+        self.opened += bool(len(file))
         for number, (name, why) in enumerate(file.lost):
             self.found[str(file.path), number] = name, why
 
@@ -413,14 +427,17 @@ class Bad:
         if found is None:
             found, self.found = self.found, {}
         new = {key: value for key, value in found.items() if key not in self.known}
-        for name, why in list(new.values())[:max(0, 20 - len(self.known))]:
-            tqdm.write(f"skipped {printable(name)}: {why}", file=sys.stderr)
+        if asked or os.environ.get("RANK", "0") == "0":                 # an index is the same on every rank
+            for name, why in list(new.values())[:max(0, 20 - len(self.known))]:
+                tqdm.write(f"skipped {printable(name)}: {why}", file=sys.stderr)
         self.known.update(new)
         self.asked += asked
         self.met += hits
-        if new and len(self.known) > 20:
-            tqdm.write(f"skipped {len(self.known)} of {self.total} pictures so far", file=sys.stderr)
-        self.check(len(self.known), self.total)
+        lost = len(self.known) + self.unnamed
+        if new and lost > max(20, 1.2 * self.said):
+            tqdm.write(f"skipped {lost} of {self.total} pictures so far", file=sys.stderr)
+            self.said = lost
+        self.check(lost, self.total)
         if self.asked >= 1000:
             self.check(self.met, self.asked)
 
@@ -428,8 +445,9 @@ class Bad:
         if lost <= self.max_bad * total + 1e-6:
             return
         message = f"{lost} of {total} pictures in {printable(self.source)} cannot be used ({self.example()})"
-        if lost < total:
-            message += f"; --data.max_bad={math.ceil(100 * lost / total) / 100:g} would go on without them"
+        share = max((len(self.known) + self.unnamed) / self.total, self.met / max(1, self.asked))
+        if share < 1:
+            message += f"; --data.max_bad={math.ceil(100 * share - 1e-6) / 100:g} would go on without them"
         if os.environ.get("RANK", "0") != "0":          # others need not have found it
             tqdm.write(message, file=sys.stderr)
         fail(message)
@@ -519,9 +537,9 @@ class Stream:
         """Make the window that holds a position; before all files are counted, by counting from the first on."""
         counts = self.dataset.counts[self.files, self.shape]
         epoch = start = 0
+        if (counts >= 0).all() and not counts.sum():
+            fail(f"{self.dataset.source} holds nothing to read")
         if (counts >= 0).all():
-            if not counts.sum():
-                fail(f"{self.dataset.source} holds nothing to read")
             epoch = position // int(counts.sum())
             start = epoch * int(counts.sum())
         while True:
@@ -533,6 +551,8 @@ class Stream:
                     self.order = self.permuted(window, epoch, number)
                     return
                 start += count
+            if not start:
+                fail(f"{self.dataset.source} holds nothing to read")
             epoch += 1
 
     def count(self, file):
@@ -565,17 +585,18 @@ class Stream:
             first_group += len(weights[-1])
         items, group_of, weights = np.concatenate(items), np.concatenate(parts), np.concatenate(weights)
         order = permutation(len(weights), digest(self.seed, "groups"), epoch, number)
-        together = np.empty(len(weights), np.int64)     # one number for the groups that make GROUP_BYTES
-        together[order] = np.cumsum(weights[order]) // GROUP_BYTES
+        bin_of_group = np.empty(len(weights), np.int64)                 # groups of one bin make GROUP_BYTES
+        bin_of_group[order] = np.cumsum(weights[order]) // GROUP_BYTES
         bits = np.random.PCG64([self.seed % 2 ** 64, epoch, number]).random_raw(len(items))
-        return items[np.lexsort((bits, together[group_of]))]
+        return items[np.lexsort((bits, bin_of_group[group_of]))]
 
     def hold(self, window, coming):
         """Keep the files of the window in the cache, if they are behind one, and fetch those that come."""
         dataset = self.dataset
         store = dataset.part_of[window[0]].store
         if store:
-            store.hold([dataset.name_of(n) for n in window], [dataset.name_of(n) for n in coming])
+            names = [[dataset.name_of(number) for number in numbers] for numbers in (window, coming)]
+            store.hold((dataset.side, self.files[0], self.shape), *names)
 
     def check_room(self, window):
         """Stop if a window does not fit into half of the cache: the other half is for the files that come."""
@@ -648,11 +669,15 @@ def micro_batches(dataset, config, start_step, rank, world):
 
 def first_items(dataset, n):
     """Return the first n items (all, if there are fewer) of an order that depends on nothing but the set."""
-    if len(dataset.streams) == 1 and not dataset.part_of[0].store:
-        order = Order(dataset, 0, 1)
-        return [order.at(position) for position in range(min(n, len(dataset)))]
-    items = dataset.items(here=True)
-    return list(items[permutation(len(items), 0, 0)[:n]])
+    if dataset.part_of[0].store or n >= len(dataset):
+        items = dataset.items(here=True)
+        return list(items[permutation(len(items), 0, 0)[:n]])
+    order, found = Order(dataset, 0, 1), {}
+    for position in itertools.count():                  # a small stream may come round again before n are found
+        item = order.at(position)
+        found.setdefault(tuple(item.tolist()), item)
+        if len(found) == n:
+            return list(found.values())
 
 
 def some_captions(dataset, n):
@@ -704,11 +729,18 @@ class AtPositions(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, choices):
-        return gather(self.dataset, choices)
+        if any(part.store for part in self.dataset.part_of):
+            sources.close_files()
+        try:
+            return gather(self.dataset, choices)
+        except SystemExit as stop:                      # what a loader process has to say, the main one says
+            return {"stop": getattr(stop, "message", str(stop))}
 
 
 def finish(batch, dataset, tokenize):
     """Tell of what was broken, and tokenize the captions where their states are not at hand."""
+    if "stop" in batch:
+        fail(batch["stop"])
     dataset.bad.note(batch.pop("bad"), len(batch["caption"]), batch.pop("hits"))
     if "text" not in batch:
         batch["ids"], batch["mask"] = tokenize(batch["caption"])
@@ -762,6 +794,8 @@ def describe(train, val):
     held_out = f"{len(val):,} held out"
     if val.files == train.files and train.part_of[0].limit is None:
         held_out = "none held out: the validation loss is of pictures that are trained on"
+        if len(train) == 1:
+            held_out = "none held out: there is only one picture"
     count = f"{len(train):,} items"
     if any(part.store for part in train.part_of):
         count = "items (counted as they are read)"

@@ -7,7 +7,7 @@
 Through the cache every file is fetched whole, shortly before its items are due, and dropped when room is needed for others.
 The processes of a machine share it.
 """
-import functools
+import glob
 import json
 import os
 import re
@@ -16,17 +16,19 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from configs import digest, fail
-from sources import PICTURE_SUFFIXES, TABLE_SUFFIXES, atomic, cache_folder, reason
+from sources import PICTURE_SUFFIXES, TABLE_SUFFIXES, atomic, attempt, cache_folder, reason
 
 READ_SUFFIXES = (*PICTURE_SUFFIXES, *TABLE_SUFFIXES, ".txt", ".caption", ".tar", ".zip", ".safetensors")
 TRIES = 8                       # of a fetch, with growing pauses: a store that is out for two minutes costs no run
 
 
 def gigabytes(count):
+    """Write a number of bytes for people."""
     return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
@@ -46,8 +48,8 @@ def url_of_hub(repo, folder, revision):
     return f"hf://datasets/{repo}{at}/{folder}".rstrip("/")
 
 
-def hub_error(error, name):
-    """Say in one line why the hub gave no data set, and what to do."""
+def fail_hub(error, name, asked):
+    """Stop with one line that says why the hub gave no data set, and what to do."""
     from huggingface_hub import errors
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
@@ -66,31 +68,35 @@ def hub_error(error, name):
         why = f"the hub cannot be reached ({reason(error)}); the same command goes on where the download stopped"
     else:
         why = f"{reason(error)}; the same command goes on where the download stopped"
-    fail(f"hf:{name}: {why}")
+    no_folder = "" if asked.startswith("hf:") else f"there is no folder {asked} here, and on the hub "
+    fail(f"{no_folder}hf:{name}: {why}")
 
 
 def download(name):
     """Fetch the files of a hub data set that can be read -> its local folder. Other processes of the machine wait for the first."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     repo, folder, revision = parse_hub(name)
     try:
         lock = cache_folder() / f"{digest(name):016x}.download.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
-            wanted = None
-            if not os.environ.get("HF_HUB_OFFLINE"):
+            if not constants.HF_HUB_OFFLINE and os.environ.get("LOCAL_RANK", "0") == "0":
                 about = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-                files = {file.rfilename: file.size or 0 for file in about.siblings}
-                wanted = [file for file in files if is_read(file, folder)]
+                sizes = {file.rfilename: file.size or 0 for file in about.siblings}
+                wanted = [size for file, size in sizes.items() if is_read(file, folder)]
                 if not wanted:
-                    fail(f"hf:{name} holds nothing that can be read; there is {', '.join(sorted(files)[:8]) or 'nothing'}")
-                total = sum(files[file] for file in wanted)
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    tqdm.write(f"hf:{name}: {len(wanted):,} of {len(files):,} files, {gigabytes(total)}")
-            root = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
+                    some = ", ".join(sorted(sizes)[:8]) or "nothing"
+                    fail(f"hf:{name} holds nothing that can be read; there is {some}")
+                tqdm.write(f"hf:{name}: {len(wanted):,} of {len(sizes):,} files, {gigabytes(sum(wanted))}")
+            start = glob.escape(folder)
+            patterns = [f"{start}/*{suffix}" if folder else f"*{suffix}" for suffix in READ_SUFFIXES]
+            patterns += [pattern.upper() if not folder else f"{start}/*{suffix.upper()}"
+                         for pattern, suffix in zip(patterns, READ_SUFFIXES)]
+            root = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[*patterns, start],
+                                     ignore_patterns=[".*", "*/.*"])
         return Path(root, folder)
     except Exception as error:                          # httpx, huggingface_hub and the file system each have their own
-        hub_error(error, repo)
+        fail_hub(error, repo, name)
 
 
 def is_read(file, folder):
@@ -111,24 +117,24 @@ class Store:
         self.folder = cache_folder() / "files" / f"{digest(url):016x}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sizes = self.list()
-        self.held = set()                               # names that are not dropped now
+        self.held = {}                                  # {reader: names that are not dropped now}
         self.pinned = set()                             # nor ever: those of the validation set
         self.wanted, self.thread = [], None             # files to fetch ahead, and the thread that does
         largest = sorted(self.sizes.values())[-2:]
         if sum(largest) > limit:
             fail(f"--data.cache={gigabytes(limit)} is too small for {url}: it must hold two files, {gigabytes(sum(largest))}")
 
-    @functools.cached_property
-    def files(self):
-        """Return (fsspec's file system, the root in it); made when it is first needed in a process."""
-        import fsspec
+    def filesystem(self):
+        """Return (fsspec's file system, the root in it). fsspec keeps one for each process, as a fork must not share it."""
         try:
             return fsspec.core.url_to_fs(self.url.partition("{")[0])
-        except (ImportError, ValueError) as error:
-            fail(f"{self.url}: {reason(error)}" + (" (pip install it)" if isinstance(error, ImportError) else ""))
+        except ImportError as error:
+            fail(f"{self.url} needs a package: {error}")
+        except ValueError as error:
+            fail(f"{self.url}: {reason(error)}")
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ("files", "thread")} | {"thread": None}
+        return {**self.__dict__, "thread": None}
 
     def list(self):
         """Return {name: bytes} of the files, listed once and kept."""
@@ -144,36 +150,50 @@ class Store:
             return sizes
 
     def ask(self):
-        """List the files of the store. https cannot list: there {first..last} stands for numbers."""
-        system, root = self.files
-        match = re.search(r"\{(\d+)\.\.(\d+)\}", self.url)
-        if match:
-            numbers = range(int(match[1]), int(match[2]) + 1)
-            urls = [f"{self.url[:match.start()]}{k:0{len(match[1])}}{self.url[match.end():]}" for k in numbers]
-            return {url.rpartition("/")[2]: system.info(url)["size"] for url in urls}
+        """List the files of the store -> {name: bytes}. https cannot list: there {first..last} stands for numbers."""
+        system, root = self.filesystem()
+        if self.url.startswith("http"):
+            urls = [self.url]
+            match = re.search(r"\{(\d+)\.\.(\d+)\}", self.url)
+            if match:
+                numbers = range(int(match[1]), int(match[2]) + 1)
+                urls = [self.url.replace(match[0], f"{number:0{len(match[1])}}") for number in numbers]
+            sizes = {url[len(self.base()):]: system.info(url).get("size") for url in urls}
+            if None in sizes.values():
+                fail(f"{self.url}: the server does not tell how large its files are")
+            return sizes
         found = system.find(root, detail=True) or {root: system.info(root)}
         top = root.rstrip("/")
-        names = {path: path[len(top):].lstrip("/") or path.rpartition("/")[2] for path in found}
-        return {names[path]: found[path]["size"] for path in sorted(found) if is_read(names[path], "")}
+        sizes = {}
+        for path in sorted(found):
+            name = path[len(top):].lstrip("/") or path.rpartition("/")[2]
+            if is_read(name, ""):
+                sizes[name] = found[path]["size"]
+        return sizes
+
+    def base(self):
+        """Return the part of a web address that all files share, up to a slash."""
+        return self.url.partition("{")[0].rpartition("/")[0] + "/"
 
     def address(self, name):
-        if "{" in self.url:
-            return self.url.rpartition("/")[0] + f"/{name}"
-        root = self.files[1].rstrip("/")
+        """Return where fsspec finds a file."""
+        if self.url.startswith("http"):
+            return self.base() + name
+        root = self.filesystem()[1].rstrip("/")
         return root if root.endswith(f"/{name}") else f"{root}/{name}"
 
     def retry(self, what, action):
         """Call action() until it works; what fails is said, with pauses of 1, 2, 4, ... seconds."""
-        for attempt in range(TRIES):
+        for tried in range(TRIES):
             try:
                 return action()
             except FileNotFoundError as error:
                 fail(f"{self.url}: {what}: {reason(error)}")
             except Exception as error:                  # every store has its own
-                if attempt == TRIES - 1:
+                if tried == TRIES - 1:
                     fail(f"{self.url}: {what} failed {TRIES} times: {reason(error)}")
-                tqdm.write(f"{self.url}: {what}: {reason(error)}; trying again in {2 ** attempt} s")
-                time.sleep(2 ** attempt)
+                tqdm.write(f"{self.url}: {what}: {reason(error)}; trying again in {2 ** tried} s")
+                time.sleep(2 ** tried)
 
     def path(self, name):
         return self.folder / name
@@ -202,44 +222,50 @@ class Store:
         return self.fetch(path.relative_to(self.folder).as_posix())
 
     def copy(self, name, part):
-        self.files[0].get_file(self.address(name), str(part))
+        self.filesystem()[0].get_file(self.address(name), str(part))
         size = part.stat().st_size
         if size != self.sizes[name]:
-            raise OSError(f"{size} bytes came of {self.sizes[name]}")
+            listing = self.folder / "listing.json"
+            raise OSError(f"{size} bytes came of {self.sizes[name]}: if the file was changed, delete {listing}")
 
     def make_room(self, size):
-        """Drop the files that were used longest ago, but none that is held, until `size` bytes fit -> whether they do."""
+        """Drop the files that were used longest ago, but none that is held, until `size` bytes fit; tell whether they do."""
         with FileLock(self.folder / "room.lock"):
-            kept = ("*.lock", "listing.json", ".*")     # not the store's: indices begin with a dot
-            files = [path for path in self.folder.rglob("*") if path.is_file() and not any(map(path.match, kept))]
-            files = {path: path.stat() for path in files}
-            used = sum(stat.st_size for stat in files.values())
-            held = {self.path(name) for name in self.held | self.pinned}
-            for path in sorted(files, key=lambda path: files[path].st_mtime):
-                if used + size <= self.limit:
-                    break
-                if path not in held and path.suffix != ".part":
-                    path.unlink(missing_ok=True)
-                    used -= files[path].st_size
+            stats = {}
+            for path in self.folder.rglob("*"):
+                ours = path.suffix != ".lock" and path.name != "listing.json" and not path.name.startswith(".")
+                stat = attempt(path.stat) if ours and path.is_file() else None          # it may go meanwhile
+                if stat:
+                    stats[path] = stat
+            used = sum(stat.st_size for stat in stats.values())
             free = shutil.disk_usage(self.folder).free
+            held = {self.path(name) for name in self.pinned.union(*self.held.values())}
+            for path in sorted(stats, key=lambda path: stats[path].st_mtime):
+                if used + size <= self.limit and free >= size:
+                    break
+                abandoned = path.suffix == ".part" and time.time() - stats[path].st_mtime > 3600
+                if abandoned or path.suffix != ".part" and path not in held:
+                    path.unlink(missing_ok=True)
+                    used -= stats[path].st_size
+                    free += stats[path].st_size
             if free < size:
-                fail(f"the disk of {self.folder} is full: {gigabytes(size)} wanted; lower --data.cache or set XDG_CACHE_HOME")
+                fail(f"the disk of {self.folder} is full: lower --data.cache, or set XDG_CACHE_HOME to another disk")
             return used + size <= self.limit
 
-    def hold(self, names, coming):
-        """Keep `names` here, and fetch them and those that are `coming`, in order and as far as there is room, in a thread."""
-        self.held = set(names)
-        room = self.limit - sum(self.sizes[name] for name in self.held | self.pinned)
+    def hold(self, reader, names, coming):
+        """Keep `names` here for a reader, and fetch them and those that are `coming` ahead, as far as there is room."""
+        self.held[reader] = set(names)
+        room = self.limit - sum(self.sizes[name] for name in self.pinned.union(*self.held.values()))
         ahead = list(names)
         for name in coming:
             room -= self.sizes[name]
             if room < 0:
                 break
             ahead.append(name)
-        self.held |= set(ahead)
+        self.held[reader] |= set(ahead)
         ahead = [name for name in ahead if not self.path(name).is_file()]
         first = int(os.environ.get("LOCAL_RANK", 0)) * len(ahead) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.wanted = ahead[first:] + ahead[:first]     # each process begins with others
+        self.wanted += ahead[first:] + ahead[:first]    # each process begins with others
         if self.wanted and not (self.thread and self.thread.is_alive()):
             self.thread = threading.Thread(target=self.fetch_wanted, daemon=True)
             self.thread.start()

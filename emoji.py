@@ -53,6 +53,10 @@ class Emoji:
         """Names an item, for messages."""
         return self.captions(row)[0]
 
+    def sizes(self):
+        """Returns width and height of every item: they are square."""
+        return np.full((len(self), 2), self.art.shape[-1])
+
     def groups(self):
         """Says that rows are read one by one, as every kind of file of data.py must say."""
         return None

@@ -46,6 +46,13 @@ def summed(x, device):
     return x.cpu()
 
 
+def say_cut(tokenize, texts, what="prompts"):
+    """Says on the first rank how many of the texts are not read to their end, if any."""
+    line = "" if share()[0] else pretrained.cut_line(tokenize, texts, what)
+    if line:
+        print(line)
+
+
 def bar(**options):
     return tqdm(leave=False, disable=True if share()[0] else None, **options)
 
@@ -211,6 +218,7 @@ def clip(name, device):
     size, length = config.vision_config.image_size, config.text_config.max_position_embeddings            # 77
     model, _, mean, std = pretrained.looker(name, "--clip", config, device, dtype=torch.float32)
     own = pretrained.from_hub(AutoTokenizer, name, "--clip", padding_side="right")
+    tokenize = pretrained.own_tokenizer(own, length)
     unit = lambda out: F.normalize(out.pooler_output, dim=-1).cpu()
 
     @torch.no_grad()
@@ -219,9 +227,10 @@ def clip(name, device):
 
     @torch.no_grad()
     def read(texts):
-        ids, mask = pretrained.own_tokens(own, length, False, texts)
+        ids, mask = tokenize(texts)
         return unit(model.get_text_features(ids.to(device), mask.to(device).long()))
     encode.dim, encode.mark, encode.read = config.projection_dim, mark(model, config.to_json_string(), size, mean, std), read
+    encode.tokenize = tokenize
     return encode
 
 
@@ -548,6 +557,7 @@ def draw(args, rank):
     out = Path(args.out or ("out/geneval" if args.geneval else "out/dpg"))
     out.mkdir(parents=True, exist_ok=True)
     path, model, c, tokenize, encode, vae = open_checkpoint(args)
+    say_cut(tokenize, [prompt for prompt, _, _ in jobs])
     drawn = benchmark(model, c, tokenize, encode, jobs, out, settings(c, path, args), args.seed, vae)
     if rank == 0:
         print(f"{path}\n{out}: {len(jobs)} prompts, {drawn} of them drawn now, {len(jobs) - drawn} before")
@@ -568,6 +578,8 @@ def numbers(args, what, rank, world):
     found = {**settings(c, path, args), "seed": args.seed, "data": c.data.source}
     if rank == 0:
         print(path)
+    if "loss" in what or "retrieval" in what:
+        say_cut(tokenize, data.some_captions(val, 2000), "captions")
     if "loss" in what:
         found["loss"] = validation_loss(model, c, tokenize, encode, val, c.train.val_images, rank, world, device, vae)
         if rank == 0:
@@ -583,6 +595,10 @@ def numbers(args, what, rank, world):
         source = Path(c.data.source).expanduser().resolve()
         home = source.with_name(source.name + ".features") if source.exists() else out.parent / "features"
         dataset = {"seen": train, "both": train.both()}.get(args.set, val)
+        captions = [dataset.captions(item)[0] for item in data.first_items(dataset, args.n or 10_000)]
+        say_cut(tokenize, captions, "captions")
+        if "clip" in what:
+            say_cut(networks["clip"].tokenize, captions, "captions, as --clip reads them,")
         found |= against_real(model, c, tokenize, encode, dataset, networks, what, args.n or 10_000, args.seed, home, vae)
         found["networks"] = names
         if rank == 0:

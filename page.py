@@ -13,7 +13,7 @@ from PIL import Image
 import configs
 import sources
 import evaluate
-from sample import picture
+from sample import excerpt, picture
 
 MOST = 500                                                  # points of a curve; of more log lines, each is the mean of several
 SEARCH = 2 ** 27                                            # colour values among which nearest pictures are looked for: eight times those of `emoji`
@@ -192,6 +192,7 @@ def warnings(rows, most=50):
         at = f"image {r['images']:,}: " if "images" in r else ""
         said += [f"{at}slow: {r['slow']}"] if "slow" in r else []
         said += [f"{at}{r['failed']}"] if "failed" in r else []
+        said += [r["cut"]] if "cut" in r else []
         said += [f"{at}skipped, the gradient was not finite ({r['bad']} in a row)"] if r.get("bad") else []
         said += [f"{at}the loss is {r['loss']}"] if not math.isfinite(r.get("loss", 0.0)) else []
         said += [f"resumed at step {r['resumed']:,}, on {r.get('device', 'an unknown device')}"] if "resumed" in r else []
@@ -222,7 +223,7 @@ def slider(folder, c, seen, prompts):
         return '<p class="soft">None yet.</p>'
     with Image.open(folder / "samples" / f"{names[-1]}.png") as last:
         width, height = last.size
-    alt = escape(f"Samples for: {'; '.join(prompts)}")
+    alt = escape(f"Samples for: {'; '.join(excerpt(prompt, 200) for prompt in prompts)}")
     return f"""<figure class="time"><img id="grid" width="{width}" height="{height}" src="samples/{names[-1]}.png" alt="{alt}">
 <input id="when" type="range" min="0" aria-label="Images seen" data-names="{' '.join(names)}" data-total="{c.train.images}">
 <figcaption id="which">after {int(names[-1]):,} images</figcaption></figure><script>{SCRIPT}</script>"""
@@ -260,4 +261,4 @@ def html(folder, c, rows, prompts, near):
 def write(folder, c, rows, prompts, near):
     """rows: of log.jsonl; prompts: of the sample grids; near: what `nearest` found."""
     with sources.atomic(folder / "index.html") as part:
-        part.write_text(html(folder, c, rows, prompts, near), "utf-8")
+        part.write_text(html(folder, c, rows, prompts, near), "utf-8", "backslashreplace")

@@ -13,7 +13,7 @@ transformers and diffusers are imported where they are used: `python train.py --
 
     B batch, N image tokens, L text tokens, D width of the pretrained model
 """
-import base64, functools, hashlib, importlib.util, inspect, json, os, re, sys, zipfile
+import base64, hashlib, importlib.util, inspect, json, math, os, re, sys, zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,14 +31,20 @@ from configs import fail
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"      # GPT-2's word splitter
 
 
-def bpe_train(captions, vocab):
-    """-> list[bytes]: the 256 bytes, then up to vocab - 257 merges, best first. One id stays free for the start token."""
+def bpe_train(captions, vocab, length=64):
+    """-> list[bytes]: the 256 bytes, then up to vocab - 257 merges, best first. One id is the start token's.
+
+    Of each caption it sees what `length` tokens may read. A word longer than 32 letters counts as several:
+    time grows with the square of a word, and 100,000 letters without a space would take seconds."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(PATTERN.replace("+", "{1,32}")), "isolated")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), byte_level])
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab - 1, min_frequency=2, initial_alphabet=byte_level.alphabet(), show_progress=False))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - 1, min_frequency=2, initial_alphabet=byte_level.alphabet(), show_progress=False,
+        max_token_length=LETTERS)
+    bpe.train_from_iterator((shortened(caption, length) for caption in captions), trainer)
     letter = byte_letters()
     words = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     merges = [bytes(letter[char] for char in word) for word, _ in words if len(word) > 1]
@@ -78,31 +84,111 @@ def bpe_encoding(ranks):
 # ------------------------------------------------------------------------------------------------------------------
 # Text -> ids
 
-def tokenizer(c, ranks=None):
-    """-> callable: list[str] -> ids (B, L) int64 and mask (B, L) bool, right padded; every row has a true entry.
+# A tokenizer is shown so many letters of a text for each token that is read, and so many in all: on a million
+# spaces tiktoken crashes, and others take seconds for each text.
+LETTERS, MOST_LETTERS = 64, 2 ** 16
 
-    bpe: the start token and the caption, L = c.text.length always. Else the encoder's own tokenizer, L = c.text.length with
-    text.pad, without it the longest of the batch rounded up to a multiple of 8, at most c.text.length."""
+
+def shortened(text, length):
+    """The text as far as `length` tokens may read it; of a longer one, with single spaces."""
+    most = min(LETTERS * length, MOST_LETTERS)
+    return text if len(text) <= most else " ".join(text.split())[:most]
+
+
+class Tokenizer:
+    """Callable: list[str] -> ids (B, L) int64 and mask (B, L) bool, right padded; every row has a true entry.
+
+    encode(texts, most): ids of each text, at most `most` of them, or all (None). decode(ids): text.
+    L is `length` if `full`, else the longest of the batch rounded up to a multiple of 8, at most `length`."""
+
+    def __init__(self, encode, decode, length, fill, full):
+        self.encode, self.decode, self.length, self.fill, self.full = encode, decode, length, fill, full
+
+    def __call__(self, texts):
+        rows = [row or [self.fill] for row in self.rows(texts)]
+        longest = max(map(len, rows))
+        return pad(rows, self.fill, self.length if self.full else min(self.length, -(-longest // 8) * 8))
+
+    def rows(self, texts):
+        return self.encode([shortened(text, self.length) for text in texts], self.length)
+
+    def cut(self, text):
+        """How much of the text is read and where that ends, in words; "" if all of it is."""
+        shown = shortened(text, self.length)
+        row, = self.encode([shown], self.length)
+        whole, = self.encode([shown], None)
+        more = len(shown) < len(" ".join(text.split()))
+        if len(whole) <= self.length and not more:
+            return ""
+        last = " ".join(self.decode(row).split()[-4:])[-60:]
+        tokens = f"{'more than ' * more}{len(whole):,} tokens"
+        return f"{len(row)} of {tokens} are read; the last words read are {last!r}"
+
+
+def cut_line(tokenize, texts, what="prompts"):
+    """How many of the texts are not read to their end, and how far the first of these is; "" if all are."""
+    rows = tokenize.rows(texts) if texts else []
+    full = [text for text, row in zip(texts, rows)
+            if len(row) >= tokenize.length or len(text) > len(shortened(text, tokenize.length))]
+    found = [cut for cut in map(tokenize.cut, full) if cut]
+    if not found:
+        return ""
+    return f"{len(found):,} of {len(texts):,} {what} are cut; of the first of them {found[0]}"
+
+
+def tokenizer(c, ranks=None):
+    """-> Tokenizer. bpe: the start token and the caption, L = c.text.length always. Else the encoder's own,
+    which reads c.text.length tokens, or fewer where the encoder can read no more (CLIP: 77)."""
     if c.text.encoder == "bpe":
         if len(ranks) >= c.text.vocab:
             fail(f"the vocabulary has {len(ranks)} entries and a start token, more than text.vocab {c.text.vocab}")
-        return functools.partial(bpe_tokens, bpe_encoding(ranks), c.text.length)
+        return bpe_tokenizer(bpe_encoding(ranks), c.text.length)
     from transformers import AutoTokenizer
     own = from_hub(AutoTokenizer, c.text.encoder, "--text", padding_side="right")
     if len(own) <= len(own.all_special_tokens):             # transformers makes an empty one when the files are missing
         fail(f"--text={c.text.encoder} has no tokenizer beside its weights")
-    return functools.partial(own_tokens, own, min(c.text.length, own.model_max_length), c.text.pad)
+    if c.text.length <= own.num_special_tokens_to_add():
+        fail(f"text.length {c.text.length} leaves no room for words: --text={c.text.encoder} adds "
+             f"{own.num_special_tokens_to_add()} tokens of its own")
+    return own_tokenizer(own, min(c.text.length, own.model_max_length, positions(text_config(c))), c.text.pad)
 
 
-def bpe_tokens(encoding, length, texts):
-    rows = [[encoding.n_vocab - 1, *encoding.encode_ordinary(text)][:length] for text in texts]
-    return pad(rows, 0, length)
+def bpe_tokenizer(bpe, length):
+    """Our own byte-level BPE -> Tokenizer."""
+    start = bpe.n_vocab - 1
+
+    def encode(texts, most):
+        return [[start, *bpe.encode_ordinary(text)][:most] for text in texts]
+
+    def decode(ids):
+        return bpe.decode(ids[1:], errors="ignore")
+    return Tokenizer(encode, decode, length, 0, True)
 
 
-def own_tokens(own, length, full, texts):
+def own_tokenizer(own, length, full=False):
+    """A tokenizer of transformers -> Tokenizer."""
     fill = next((i for i in (own.pad_token_id, own.eos_token_id, own.bos_token_id) if i is not None), 0)
-    rows = [row or [fill] for row in own(list(texts), truncation=True, max_length=length)["input_ids"]]
-    return pad(rows, fill, length if full else min(length, -(-max(map(len, rows)) // 8) * 8))
+
+    def encode(texts, most):
+        return own(texts, truncation=most is not None, max_length=most)["input_ids"]
+
+    def decode(ids):
+        return own.decode(ids, skip_special_tokens=True)
+    return Tokenizer(encode, decode, length, fill, full)
+
+
+# Models whose first position is not 0 but one more than the id of their padding.
+FROM_PADDING = """altclip_text_model camembert clap_text_model data2vec-text esm ibert longformer luke mpnet
+    roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod""".split()
+
+
+def positions(config):
+    """How many tokens a text encoder has positions for; math.inf where any number will do (T5)."""
+    config = getattr(config, "encoder", config)             # T5Gemma: two configurations in one
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most <= 0:              # XLNet says -1
+        return math.inf
+    return most - (config.pad_token_id + 1 if config.model_type in FROM_PADDING else 0)
 
 
 def pad(rows, fill, length):

@@ -6,7 +6,7 @@
 Takes the newest checkpoint under runs/. A setting that is not given is that of its config. A picture depends on its prompt,
 its seed and the settings (all three are in the PNG's metadata), not on the pictures that are made with it.
 """
-import argparse, contextlib, json, math, re, time
+import argparse, contextlib, json, math, re, shlex, textwrap, time
 from itertools import count
 from pathlib import Path
 
@@ -82,8 +82,8 @@ def wrap(text, font, width, most=5):
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            end = next(i for i in range(len(lines[-1]) - 1, 0, -1) if i == 1 or font.getlength(lines[-1][:i]) <= width)
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1 and len(lines) <= most:
+            end = next(i for i in range(2, len(lines[-1]) + 1) if font.getlength(lines[-1][:i]) > width) - 1
             lines[-1:] = lines[-1][:end], lines[-1][end:]
     return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-3] + "..."]
 
@@ -137,6 +137,28 @@ def options(text):
     return parser
 
 
+def command(prompt, *flags):
+    """What to type for pictures of the prompt; one that begins with a dash is no flag."""
+    words = [*flags, "--", prompt] if prompt.startswith("-") else [prompt, *flags]
+    return shlex.join(["python", "sample.py", *words])
+
+
+def excerpt(text, most=80):
+    """The first words of the text, in at most so many printable characters."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text[:10 * most])
+    return textwrap.shorten(line, most, placeholder="") or line.strip()[:most]
+
+
+def example(path):
+    """The first prompt that the run of this folder or checkpoint draws, in short; "" if it has drawn none."""
+    for folder in (Path(path), Path(path).parent):
+        try:
+            return excerpt((folder / "prompts.txt").read_text("utf-8").partition("\n")[0])
+        except (OSError, UnicodeDecodeError):
+            pass
+    return ""
+
+
 def newest():
     """The run under runs/ that wrote a checkpoint last."""
     found = [path for path in Path("runs").glob("*/step_*") if re.fullmatch(r"step_\d+", path.name)]
@@ -187,13 +209,17 @@ def one_line(advice):
 
 
 def read_prompts(args):
-    prompts = list(args.prompt)
+    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in args.prompt]    # may be any bytes
     if args.prompts:
         try:
             prompts += [line.strip() for line in Path(args.prompts).read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             configs.fail(f"cannot read --prompts={args.prompts}: {getattr(error, 'strerror', None) or error}")
-    return prompts or configs.fail('no prompt: python sample.py "a red apple", or --prompts=<file with one a line>')
+    if not prompts:
+        run = args.checkpoint or newest()
+        words = command(example(run) or "what to draw", f"--checkpoint={run}")
+        configs.fail(f"no prompt: {words}, or --prompts=<file with one a line>")
+    return prompts
 
 
 def main():
@@ -215,6 +241,9 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         path, model, c, tokenize, encode, vae = open_checkpoint(args)
         made = settings(c, path, args)
+        for prompt in prompts:
+            if cut := tokenize.cut(prompt):
+                print(f"{excerpt(prompt)!r} is cut: {cut}")
         captions = [prompt for prompt in prompts for _ in range(args.n)]
         seeds = [args.seed + i for _ in prompts for i in range(args.n)]
         print(", ".join(f"{key} {value}" for key, value in made.items()))

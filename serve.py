@@ -17,7 +17,6 @@ import json
 import math
 import re
 import select
-import shlex
 import socket
 import sys
 import threading
@@ -32,7 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import configs
 from page import STYLE
-from sample import generate, one_line, open_checkpoint, options, save_png, settings
+from sample import command, example, generate, one_line, open_checkpoint, options, save_png, settings
 
 FIELDS = ("prompt", "seed", "steps", "guidance", "size")
 HISTORY = 20
@@ -45,12 +44,13 @@ form, #numbers, #buttons, #status { display: grid; gap: .75rem } form { align-co
 #buttons { grid-template-columns: repeat(3, auto); justify-content: start }
 label { font-size: .875rem; color: var(--soft) }
 input, textarea, button { width: 100%; padding: .5rem .6rem; font: inherit; color: inherit; background: var(--lift); border: 1px solid var(--line) }
-input, textarea, button, #error { border-radius: 6px }
+input, textarea, button, #error, #cut { border-radius: 6px }
 textarea { min-height: 4.5rem; resize: vertical }
 button { width: auto; cursor: pointer } button:disabled { opacity: .5; cursor: default }
 button[type=submit] { background: var(--link); border-color: var(--link); color: var(--ground) }
 progress { width: 100%; height: .75rem; accent-color: var(--link) } progress[hidden] { display: block; visibility: hidden }
-#error:not(:empty) { padding: .6rem .75rem; background: var(--mark) } #error, #words { margin: 0 }
+#error:not(:empty), #cut:not(:empty) { padding: .6rem .75rem; background: var(--mark) }
+#error, #cut, #words { margin: 0 }
 img { background: var(--lift); border-radius: 4px } img.small { image-rendering: pixelated }
 #now img { width: 100%; max-width: 32rem; height: auto } #now figcaption { margin-top: .5rem }
 #history { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); gap: 1.25rem; padding: 0; list-style: none }
@@ -98,6 +98,7 @@ function show(made) {
   image(at("now"), made);
   const caption = add(at("now"), "figcaption", {});
   add(caption, "p", {textContent: `${made.prompt}; ${words(made)}`});
+  if (made.cut) add(caption, "p", {textContent: made.cut});
   copier(caption, made);
 }
 
@@ -109,15 +110,21 @@ function hear(said) {
     at("progress").value = said.step;
     at("words").textContent = `step ${said.step} of ${said.of}`;
   }
+  if (said.cut) at("cut").textContent = said.cut;
   if (said.error) at("error").textContent = said.error;
-  if (said.file) { show(said); remember(said); at("words").textContent = `done in ${said.seconds} s`; }
+  if (said.file) {
+    show(said);
+    remember(said);
+    at("words").textContent = `done in ${said.seconds} s`;
+    at("cut").textContent = "";                                           // now under the picture
+  }
 }
 
 form.addEventListener("submit", async event => {
   event.preventDefault();
   if (abort) return;
   abort = new AbortController(), answered = false;
-  at("error").textContent = "";
+  at("error").textContent = at("cut").textContent = "";
   at("words").textContent = "asked";
   at("progress").value = 0;
   at("progress").hidden = at("stop").disabled = false;
@@ -187,6 +194,11 @@ class Studio:
             configs.fail(f"this page draws in at most {STEPS} steps and {TIMES * self.c.model.size} pixels: python sample.py knows no limit")
         return text["prompt"], seed, configs.check(c)
 
+    def cut(self, prompt):
+        """What the page says of a prompt that is not read to its end; "" of others."""
+        cut = self.tokenize.cut(prompt)
+        return cut and f"The prompt is cut: {cut}"
+
     def make(self, form, tell):
         """Waits for its turn, makes the picture. `tell` sends a dict to the one who asked, and raises Gone when they left."""
         prompt, seed, c = self.wanted(form)
@@ -199,6 +211,8 @@ class Studio:
                     tell(**{"waiting": before} if before != said else {})
                     said = before
                     self.turn.wait(0.2)
+            if cut := self.cut(prompt):                     # not while another thread tokenizes
+                tell(cut=cut)
             start = time.perf_counter()
             step()
             image, = generate(self.model, c, self.tokenize, self.encode, [prompt], [seed], step, vae=self.vae)
@@ -217,10 +231,9 @@ class Studio:
         also = {name: getattr(self.args, name) for name in ("text", "vae", "weights", "guide", "sampler", "lo", "hi")}
         flags = {"checkpoint": self.path, "seed": seed, "n": 1, "steps": s.steps, "guidance": s.guidance, "size": c.model.size, **also}
         flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        command = shlex.join(["python", "sample.py", *([*flags, "--", prompt] if prompt.startswith("-") else [prompt, *flags])])
         print(f"{self.out / file}: {prompt!r}, {seconds:.3g} s", flush=True)
         made = {"file": file, "prompt": prompt, "seed": str(seed), "steps": s.steps, "guidance": s.guidance, "size": c.model.size,
-                "seconds": round(seconds, 2), "command": command}
+                "seconds": round(seconds, 2), "command": command(prompt, *flags), "cut": self.cut(prompt)}
         self.history.append(made)
         return made
 
@@ -239,12 +252,13 @@ class Studio:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(self.c.name)} · nanoT2I</title><link rel="icon" href="data:,"><style>{OWN_STYLE}</style></head>
 <body><header><h1>{escape(self.c.name)}</h1><p class="soft">{name}</p></header>
-<main><form id="form"><div><label for="prompt">prompt</label><textarea id="prompt" name="prompt" autofocus></textarea></div>
+<main><form id="form"><div><label for="prompt">prompt</label>
+<textarea id="prompt" name="prompt" placeholder="{escape(example(self.path))}" autofocus></textarea></div>
 <div id="numbers">{numbers}</div>
 <div id="buttons"><button id="go" type="submit">Draw</button><button id="next" type="button">Next seed</button>
 <button id="stop" type="button" disabled>Stop</button></div>
 <div id="status"><progress id="progress" value="0" max="1" aria-label="sampling steps" hidden></progress><p id="words" class="soft"></p>
-<p id="error" role="alert"></p></div></form>
+<p id="cut" role="status"></p><p id="error" role="alert"></p></div></form>
 <figure id="now" aria-label="the picture" aria-live="polite"></figure></main>
 <h2>The last {HISTORY}</h2><ol id="history" data-most="{HISTORY}" data-made="{escape(json.dumps(list(self.history)))}"></ol>
 <script>{SCRIPT}</script></body></html>

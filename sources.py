@@ -1,7 +1,8 @@
 """A folder, or a file, of captioned pictures -> what lies where in it, found once and kept.
 
-Four kinds of file hold pictures, and each is one class with the same methods: `Folder` (loose files), `Archive` (tar and
-zip) and `Parquet` here, `Shard` (what tools/prepare.py wrote) in data.py. A row is one picture and its captions:
+Four kinds of file hold pictures, and each is one class with the same methods: `Folder` (loose files), `Archive`
+(tar and zip) and `Parquet` here, `Shard` (what tools/prepare.py wrote) in shards.py. A row is one picture and its
+captions:
 
     len(file)                   how many rows can be used
     file.keys()                 uint64 (n,), a hash of each row's name: the rows with small ones are held out
@@ -10,7 +11,10 @@ zip) and `Parquet` here, `Shard` (what tools/prepare.py wrote) in data.py. A row
     file.picture(row)           the encoded picture: bytes, or a path
     file.name(row)              for messages
     file.groups()               (n,), the row group of each row, if rows are read in groups; else None
+    file.peek()                 records of some pictures, to choose the columns by
+    file.index()                find the rows; before that only `peek` works
     file.lost, file.total       what cannot be used, [(name, why)], and how many rows there were
+    file.left_out               what else lies there, {what: how many}
 
 `find(root, config)` says which files of which kind a folder holds, which column or key the pictures and the captions come
 from, and which files are the training and which the validation set. What is ambiguous ends with one line that names the
@@ -18,9 +22,7 @@ candidates. Layouts of real sets: README.md, "Your own pictures".
 """
 import csv
 import functools
-import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -43,6 +45,7 @@ PICTURE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF")   # Pillow opens others, some by running programs
 MAX_PIXELS = 100_000_000
 MAX_CAPTION = 1_000_000         # bytes of a caption file that are read
+BESIDE = "pictures beside the one meant, such as masks"
 PEEK = 100                      # rows that are looked at to choose the columns
 
 # Names of columns, keys and views that hold the picture itself, and words of names that hold something about it.
@@ -55,7 +58,7 @@ CAPTION_COLUMNS = ("caption_detail", "long_caption", "caption_llava", "qwen3", "
                    "synthetic_caption", "gpt4_turbo_caption", "txt", "enhanced_prompt", "caption", "captions", "text",
                    "blip_caption", "short_caption", "description", "input_prompt", "caption_original", "alt_text", "prompt",
                    "original_prompt")
-LINK_COLUMNS = ("url", "URL", "image_url", "img_url", "urls", "image_link")
+LINK_COLUMNS = ("url", "image_url", "img_url", "urls", "image_link")
 NAME_COLUMNS = ("file_name", "filename", "output_image", "image_path", "image", "img", "path", "file", "key", "id")
 
 
@@ -64,6 +67,7 @@ NAME_COLUMNS = ("file_name", "filename", "output_image", "image_path", "image", 
 
 def caption_rank(name):
     """Return the place of a column among CAPTION_COLUMNS, or None where its name is not that of captions."""
+    name = name.lower()
     if name in CAPTION_COLUMNS:
         return CAPTION_COLUMNS.index(name)
     if name.startswith("caption_") and not name.endswith(("_cn", "_status")):
@@ -74,7 +78,7 @@ def caption_rank(name):
 def is_text(value):
     """Tell whether a value is a caption or a list of captions."""
     if isinstance(value, list):
-        return bool(value) and all(isinstance(line, str) for line in value)
+        return any(isinstance(line, str) for line in value)
     return isinstance(value, str)
 
 
@@ -87,7 +91,7 @@ def captions_in(record, columns):
         if not is_text(value) or status.startswith(("fail", "error")):
             continue
         for line in value if isinstance(value, list) else [value]:
-            line = " ".join(line.split())
+            line = " ".join(line.split()) if isinstance(line, str) else ""
             is_unicode = line == line.encode("utf-8", "ignore").decode()        # half of a surrogate pair is JSON but no text
             if line and is_unicode and line not in found:
                 found.append(line)
@@ -128,11 +132,11 @@ def choose_captions(records, asked, where):
 def read_text(blob):
     """Decode the bytes of a caption file: UTF-8, with or without a mark, or UTF-16 with one. Else raises ValueError."""
     blob = blob[:MAX_CAPTION]
-    if blob.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return blob.decode("utf-16")
-    if b"\0" in blob:
-        raise ValueError("the caption holds NUL bytes: it is not UTF-8")
     try:
+        if blob.startswith((b"\xff\xfe", b"\xfe\xff")) and not blob.startswith(b"\xff\xfe\0\0"):
+            return blob.decode("utf-16")
+        if b"\0" in blob:
+            raise ValueError("the caption holds NUL bytes: it is not UTF-8")
         return blob.decode("utf-8-sig", "ignore" if len(blob) == MAX_CAPTION else "strict")
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8") from None
@@ -194,7 +198,7 @@ def pair(names, asked, where):
     for stem, found in pictures.items():
         folder, slash, base = stem.rpartition("/")
         key = folder + slash + base.partition(".")[0]
-        is_view = key != stem and stem not in beside and (key in beside or key in pictures)
+        is_view = key != stem and stem not in beside and key in beside
         for name in found:
             suffix = os.path.splitext(name)[1][1:]
             view = f"{stem[len(key) + 1:]}.{suffix}" if is_view else suffix
@@ -210,6 +214,9 @@ def pair(names, asked, where):
                 continue
             texts = beside.get(os.path.splitext(name)[0]) or beside.get(key, {})
             result[name] = texts.get(".txt") or texts.get(".caption"), texts.get(".json")
+    if asked and pictures and not result:
+        kinds = sorted({view for found in views.values() for view in found})
+        fail(f"--data.image={asked}: {where} has no such pictures; there are: {', '.join(kinds[:8])}")
     if sum(several.values()) > len(views) / 2:
         fail(f"{where} holds several pictures of each name: {', '.join(several.most_common(1)[0][0])}; say which with --data.image=")
     return result, left_out
@@ -284,11 +291,12 @@ def kept(path, choice, make, fetch=None):
         places.insert(0, path.parent / f".{name}")
     for place in places:
         try:
-            index = np.load(place)
-            if index["mark"].tobytes().decode() == mark:
-                return place, index
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            continue                                    # there is none, or it is damaged
+            with np.load(place) as file:
+                arrays = {key: file[key] for key in file.files}         # as a whole: so its checksums are compared
+            if arrays["mark"].tobytes().decode() == mark:
+                return place, arrays
+        except Exception:                               # there is none, or it is damaged in whatever way
+            continue
     if fetch:
         fetch(path)
     arrays = make()
@@ -313,16 +321,24 @@ def handle(path, process):
     return open(path, "rb", buffering=0)
 
 
-def read_piece(path, offset, size, deflated=False, limit=None):
-    """Read `size` bytes of a file from `offset` on; what a zip has deflated is unpacked, at most `limit` bytes of it."""
+def read_piece(path, offset, size, packing=0, limit=4 * MAX_PIXELS):
+    """Read `size` bytes of a file from `offset` on, and unpack at most `limit` bytes of what a zip has deflated (1)."""
+    if packing == 2:
+        raise ValueError("the zip holds it encrypted, or packed in a way that is not read")
     file = handle(path, os.getpid())
     file.seek(int(offset))
     blob = file.read(int(size))
     if len(blob) < size:
         raise ValueError("the file is cut off")
-    if deflated:
-        blob = zlib.decompressobj(-15).decompress(blob, limit or 4 * MAX_PIXELS)
+    if packing:
+        blob = zlib.decompressobj(-15).decompress(blob, limit)
     return blob
+
+
+def close_files():
+    """Close all files: one that was dropped from a cache keeps its room on the disk as long as it is open."""
+    handle.cache_clear()
+    parquet_file.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -333,7 +349,8 @@ class Folder:
 
     def __init__(self, root, names, chosen):
         self.path, self.root, self.chosen = root, root, chosen
-        self.pairs, self.left_out = pair(names, chosen.image, root)
+        self.pairs, extra = pair(names, chosen.image, root)
+        self.left_out = Counter({BESIDE: len(extra)})
         self.rows, self.lost, self.total = [], [], 0
 
     def peek(self):
@@ -398,7 +415,7 @@ def records_of(names, read):
 # ------------------------------------------------------------------------------------------------------------------
 # Tar and zip
 
-MEMBER = np.dtype([("offset", "u8"), ("size", "u4"), ("deflated", "u1")])
+MEMBER = np.dtype([("offset", "u8"), ("size", "u4"), ("packing", "u1")])
 ROW = np.dtype([("key", "u8"), ("picture", MEMBER), ("width", "u4"), ("height", "u4"), ("txt", MEMBER), ("json", MEMBER)])
 NO_MEMBER = (0, 0, 0)
 
@@ -407,12 +424,15 @@ class Archive:
     """A tar or zip of pictures and their captions. Its index of offsets is kept: then any picture is one read away."""
 
     def __init__(self, path, chosen):
-        self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, []
+        self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, Counter()
 
     def peek(self):
-        """Return the records of the first pictures."""
-        members, _ = list_members(self.path, 4 * PEEK)
-        pairs, _ = pair(members, self.chosen.image, self.path)
+        """Return the records of the first pictures; where all pictures come before all captions, list it whole."""
+        for limit in (4 * PEEK, None):
+            members, _ = list_members(self.path, limit)
+            pairs, _ = pair(members, self.chosen.image, self.path)
+            if any(any(texts) for texts in pairs.values()):
+                break
 
         def read(picture):
             blobs = [read_piece(self.path, *members[name], MAX_CAPTION) if name else None for name in pairs[picture]]
@@ -422,23 +442,31 @@ class Archive:
     def index(self):
         """Make the index, or see that the kept one still holds. It stays on the disk: of many archives it is large."""
         chosen = self.chosen
-        columns = [] if chosen.table else chosen.columns
-        self.place, arrays = kept(self.path, [chosen.image, *columns], lambda: scan(self.path, chosen.image, columns), chosen.fetch)
-        self.arrays = None if self.place else arrays
+        columns = None if chosen.table else chosen.columns             # None: captions come from a table
+        self.place, self.rows, self.names = None, None, None
+        try:
+            make = functools.partial(scan, self.path, chosen.image, columns)
+            self.place, arrays = kept(self.path, [chosen.image, *(columns or ["table"])], make, chosen.fetch)
+        except OSError as error:                        # a link that leads nowhere, a file that may not be read
+            arrays = pack_index([], [], [(self.path.name, reason(error))], {})
         about = json.loads(arrays["about"].tobytes())
-        self.left_out, self.lost, self.count = about["left_out"], about["lost"], len(arrays["rows"])
+        self.left_out, self.lost, self.count = Counter(about["left_out"]), about["lost"], len(arrays["rows"])
         self.total = self.count + len(self.lost)
-        self.good, self.names = None, None
-        if chosen.table:                                 # whose captions are in a table beside: names are needed at hand
+        if chosen.table:                                # then names are needed at hand
+            if chosen.fetch:
+                chosen.fetch(self.path)
             rows, names = arrays["rows"], split_names(arrays)
-            self.good = [k for k in range(self.count) if self.has_caption(rows[k], names[k])]
-            self.names, self.count = [names[k] for k in self.good], len(self.good)
+            good = [k for k in range(self.count) if self.has_caption(rows[k], names[k])]
+            self.rows, self.names, self.count = rows[good], [names[k] for k in good], len(good)
             self.lost += [(name, chosen.no_caption()) for name in sorted(set(names) - set(self.names))]
+        elif not self.place:
+            self.rows, self.names = arrays["rows"], split_names(arrays)
 
     def has_caption(self, row, name):
         return bool(attempt(lambda: captions_in(self.record(row, name), self.chosen.columns)))
 
     def record(self, row, name=None):
+        """Return the record of a ROW; the name of its picture is needed where captions come from a table."""
         blobs = []
         for member in (row["txt"], row["json"]):
             blobs.append(read_piece(self.path, *member.item(), MAX_CAPTION) if member["size"] else None)
@@ -446,8 +474,7 @@ class Archive:
 
     def table(self):
         """Return the ROWs that can be used."""
-        rows = load_rows(self.place, os.getpid()) if self.place else self.arrays["rows"]
-        return rows if self.good is None else rows[self.good]
+        return load_rows(self.place) if self.rows is None else self.rows
 
     def __len__(self):
         return self.count
@@ -463,19 +490,19 @@ class Archive:
         return None
 
     def captions(self, row):
-        name = self.names[row] if self.names else None
+        name = self.names[row] if self.chosen.table else None
         return captions_in(self.record(self.table()[row], name), self.chosen.columns)
 
     def picture(self, row):
         return read_piece(self.path, *self.table()[row]["picture"].item())
 
     def name(self, row):
-        names = self.names or split_names(np.load(self.place) if self.place else self.arrays)
+        names = self.names or split_names(np.load(self.place))
         return f"{self.path.name}: {names[row]}"
 
 
 @functools.lru_cache(maxsize=64)
-def load_rows(place, process):
+def load_rows(place):
     """Read the ROWs of a kept index: those of a few archives stay in memory."""
     return np.load(place)["rows"]
 
@@ -495,7 +522,7 @@ def attempt(function, *args):
 
 
 def list_members(path, limit=None):
-    """List the files in a tar or zip -> ({name: (offset, bytes, deflated)}, what is wrong with it or "").
+    """List the files in a tar or zip -> ({name: (offset, bytes, packing)}, what is wrong with it or "").
 
     Of two members of one name the last counts, as it does for tar itself.
     """
@@ -508,10 +535,11 @@ def list_members(path, limit=None):
             return members, "it is compressed: unpack it (gunzip)"
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                name = member.name.removeprefix("./")
                 if member.isfile():
-                    members[member.name] = member.offset_data, member.size, 0
-                elif member.islnk() and member.linkname in members:
-                    members[member.name] = members[member.linkname]
+                    members[name] = member.offset_data, member.size, 0
+                elif member.islnk() and member.linkname.removeprefix("./") in members:
+                    members[name] = members[member.linkname.removeprefix("./")]
                 tar.members.clear()                     # else each header stays in memory
                 if limit and len(members) >= limit:
                     return members, ""
@@ -527,35 +555,42 @@ def list_zip(path, members):
     """Add the files in a zip to `members`."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not entry.flag_bits & 1
-            if entry.is_dir() or not plain:
+            if entry.is_dir():
                 continue
+            packing = {zipfile.ZIP_STORED: 0, zipfile.ZIP_DEFLATED: 1}.get(entry.compress_type, 2)
+            if entry.flag_bits & 1:
+                packing = 2                             # encrypted
             header = read_piece(path, entry.header_offset, 30)
             skipped = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             offset = entry.header_offset + 30 + skipped
-            members[entry.filename] = offset, entry.compress_size, int(entry.compress_type == zipfile.ZIP_DEFLATED)
+            members[entry.filename.removeprefix("./")] = offset, entry.compress_size, packing
 
 
 def scan(path, image, columns):
     """Make the index of an archive: the rows that can be used, their names, and what cannot be used and why.
 
-    With no `columns`, captions come from elsewhere and are not looked at.
+    Where `columns` is None captions come from elsewhere and are not looked at.
     """
     members, wrong = list_members(path)
     visible = [name for name in members if not os.path.basename(name).startswith(".")]
-    pairs, left_out = pair(visible, image, path)
-    rows, names, lost = [], [], []
+    pairs, extra = pair(visible, image, path)
+    left_out = Counter({BESIDE: len(extra)})
+    for name in visible:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in (*PICTURE_SUFFIXES, *TABLE_SUFFIXES, ".txt", ".caption"):
+            left_out[f"{suffix or 'nameless'} files in archives"] += 1
     if wrong:                                           # what is left of it may be anything: all of it counts as lost
-        lost = [(name, wrong) for name in pairs] or [(path.name, wrong)]
-        return pack_index(rows, names, lost, left_out)
-    for picture, (txt, json_name) in pairs.items():
+        return pack_index([], [], [(name, wrong) for name in pairs] or [(path.name, wrong)], left_out)
+    rows, names, lost = [], [], []
+    bar = tqdm(pairs.items(), desc=f"indexing {path.name}", leave=False, disable=len(pairs) < 20_000)
+    for picture, (txt, json_name) in bar:
         places = [members[name] if name else NO_MEMBER for name in (picture, txt, json_name)]
         try:
-            if columns:
+            if columns is not None:
                 blobs = [read_piece(path, *place, MAX_CAPTION) if place[1] else None for place in places[1:]]
                 if not captions_in(make_record(*blobs), columns):
                     raise ValueError(f"no caption in {', '.join(columns)}")
-            width, height = size_of(io.BytesIO(read_piece(path, *places[0])))
+            width, height = size_in_archive(path, places[0])
             rows.append((digest(path.stem, picture), places[0], width, height, *places[1:]))
             names.append(picture)
         except Exception as error:                      # broken files raise anything
@@ -563,12 +598,18 @@ def scan(path, image, columns):
     return pack_index(rows, names, lost, left_out)
 
 
+def size_in_archive(path, place):
+    """Return width and height of a picture in an archive, from its first 64 KB if they tell."""
+    offset, size, packing = place
+    head = attempt(lambda: size_of(io.BytesIO(read_piece(path, offset, min(size, 2 ** 16), packing, 2 ** 16))))
+    return head or size_of(io.BytesIO(read_piece(path, *place)))
+
+
 def pack_index(rows, names, lost, left_out):
     """Return the arrays of an index: fixed rows, and what has any length as bytes."""
-    about = {"lost": lost, "left_out": left_out}
     blob = "\n".join(name.replace("\n", " ") for name in names).encode("utf-8", "surrogateescape")
     return {"rows": np.array(rows, ROW), "names": np.frombuffer(blob, np.uint8),
-            "about": pack_json(about)}
+            "about": pack_json({"lost": lost, "left_out": left_out})}
 
 
 def pack_json(value):
@@ -585,23 +626,26 @@ class Parquet:
     """Rows with the encoded picture in a column, read in place, a row group at a time."""
 
     def __init__(self, path, chosen):
-        self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, []
+        self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, Counter()
 
     def peek(self):
         """Return the records of some rows, of the first, the middle and the last row group."""
         file = parquet_file(self.path, os.getpid())
-        texts = [field.name for field in file.schema_arrow if not is_binary(field.type)]
+        texts = [field.name for field in file.schema_arrow if not picture_kind(field.type)]
         records = []
         for group in sorted({0, file.num_row_groups // 2, file.num_row_groups - 1}):
             if texts and file.num_row_groups:
-                rows = file.read_row_group(group, columns=texts, use_threads=False).slice(0, PEEK // 3).to_pylist()
-                records += rows
+                rows = file.read_row_group(group, columns=texts, use_threads=False).slice(0, PEEK // 3)
+                records += records_of(range(len(rows)), lambda row, rows=rows: rows.slice(row, 1).to_pylist()[0])
         return records
 
     def index(self):
         """Read the footer, or what was kept of it; where aspect ratios matter (data.buckets) measure each picture once."""
         chosen = self.chosen
-        _, arrays = kept(self.path, ["footer", chosen.image, *chosen.columns], self.read_footer, chosen.fetch)
+        try:
+            _, arrays = kept(self.path, ["footer", chosen.image, *chosen.columns], self.read_footer, chosen.fetch)
+        except OSError:                                 # a link that leads nowhere, a file that may not be read
+            arrays = self.read_footer()
         about = json.loads(arrays["about"].tobytes())
         self.column, self.columns, self.lost = about["column"], about["columns"], about["lost"]
         self.counts, self.bytes = arrays["counts"], arrays["bytes"]
@@ -625,7 +669,7 @@ class Parquet:
             status = ["status", *(f"{column}_status" for column in present)]
             about["columns"] = present + [column for column in status if column in names]
             groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-        except (OSError, ValueError) as error:          # pyarrow's own are kinds of these
+        except Exception as error:                      # a broken file may raise anything
             about["lost"] = [(self.path.name, f"it cannot be read: {reason(error)}")]
         return {"counts": np.array([group.num_rows for group in groups], np.int64),
                 "bytes": np.array([group.total_byte_size for group in groups], np.int64), "about": pack_json(about)}
@@ -674,7 +718,7 @@ class Parquet:
         return f"{self.path.name}: row {row}"
 
 
-def is_binary(kind):
+def picture_kind(kind):
     """Return "struct" or "bytes" for a type of columns that may hold encoded pictures, else ""."""
     if str(kind) in ("binary", "large_binary", "binary_view"):
         return "bytes"
@@ -683,18 +727,23 @@ def is_binary(kind):
 
 def picture_column(schema, asked, where):
     """Choose the column of pictures of a parquet file; None where there is none."""
-    columns = [(field.name, is_binary(field.type)) for field in schema if is_binary(field.type)]
+    columns = [(field.name, picture_kind(field.type)) for field in schema if picture_kind(field.type)]
     return choose_picture_column(columns, asked, where)
 
 
 @functools.lru_cache(maxsize=64)
 def parquet_file(path, process):
     """Open a parquet file in this process and read its footer."""
+    return parquet_reader(path)
+
+
+def parquet_reader(file):
+    """Open a parquet file, a path or a file, and read its footer."""
     try:
         import pyarrow.parquet
     except ImportError:
         fail("parquet files need a package: pip install pyarrow")
-    return pyarrow.parquet.ParquetFile(path)
+    return pyarrow.parquet.ParquetFile(file)
 
 
 GROUPS = OrderedDict()          # the row groups that this process holds, the last used last
@@ -706,7 +755,7 @@ def row_group(path, group, columns):
     if key not in GROUPS:
         GROUPS[key] = parquet_file(path, os.getpid()).read_row_group(group, columns=list(columns), use_threads=False)
         held = sum(rows.nbytes for rows in GROUPS.values())
-        while held > 1.5 * GROUP_BYTES and len(GROUPS) > 1:
+        while held > 2 * GROUP_BYTES and len(GROUPS) > 4:           # two groups at least, captions and pictures of each
             held -= GROUPS.popitem(last=False)[1].nbytes
     GROUPS.move_to_end(key)
     return GROUPS[key]
@@ -718,27 +767,34 @@ def row_group(path, group, columns):
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
-def read_table(path):
-    """Read a table -> a list of records. Raises ValueError or OSError where it is none."""
-    suffix = path.suffix.lower()
+def read_table(name, blob):
+    """Read the bytes of a table -> a list of records. Raises anything where it is none."""
+    suffix = os.path.splitext(name)[1].lower()
     if suffix == ".jsonl":
-        return [attempt(json.loads, line) for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+        return [attempt(json.loads, line) for line in blob.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     if suffix == ".parquet":
-        file = parquet_file(path, os.getpid())
-        return file.read(columns=[field.name for field in file.schema_arrow if not is_binary(field.type)]).to_pylist()
-    if suffix == ".gz":                                 # only to see what it lists
-        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
-            text, suffix = "".join(itertools.islice(file, PEEK)), path.suffixes[-2].lower()
-    else:
-        text = path.read_text("utf-8-sig")
+        file = parquet_reader(io.BytesIO(blob))
+        texts = [field.name for field in file.schema_arrow if not picture_kind(field.type)]
+        return file.read(columns=texts).to_pylist()
+    text = blob.decode("utf-8-sig")
     if suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
-    if suffix == ".jsonl":
-        return [attempt(json.loads, line) for line in text.split("\n") if line.strip()]
+        rows = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",")
+        return [None if None in row else row for row in rows]           # None: more values than there are columns
     table = json.loads(text)
     if isinstance(table, dict) and "images" in table and "annotations" in table:
         return join_annotations(table)
     return table if isinstance(table, list) else []
+
+
+def head_of_table(path):
+    """Read the first records of a table, which may be compressed, to see what it lists."""
+    with open(path, "rb") as file:
+        blob = file.read() if path.suffix == ".parquet" else file.read(2 ** 20)
+    name = path.name
+    if path.suffix == ".gz":
+        name, blob = path.stem, zlib.decompressobj(31).decompress(blob, 2 ** 20)
+    whole_lines = path.suffix in (".json", ".parquet") or len(blob) < 2 ** 20
+    return read_table(name, blob if whole_lines else blob.rpartition(b"\n")[0])
 
 
 def join_annotations(table):
@@ -769,13 +825,12 @@ class Table:
             name = self.picture_of(record)
             if not name:
                 lost.append((f"{table}: row {number}", "it is no record that names a picture"))
-            elif name.startswith("/") or ".." in name.split("/"):
-                lost.append((name, "it lies outside of the folder"))
             else:
                 count += 1
                 path = f"{folder}/{name}" if folder else name
                 self.promised += [path] if is_metadata else []
                 stem = stem_of(path)
+                record = {column: value for column, value in record.items() if is_text(value)}
                 if stem in self.by_path:                # several rows of a picture are several captions
                     record = merge(self.by_path[stem], record)
                 base = stem.rpartition("/")[2]
@@ -824,6 +879,7 @@ def stem_of(name):
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test", "eval": "test"}
 SPLIT = re.compile(f"(?:^|[^a-z])({'|'.join(SPLITS)})(?=[^a-z]|$)")
+WANTED = ": want pictures with captions beside them (a.png + a.txt, or metadata.jsonl), .tar, .zip or .parquet"
 PACKED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -863,9 +919,9 @@ class Source:
 
 
 def walk(root):
-    """List the files below a folder -> (names, how many hidden folders were left out). Links are followed, each folder once."""
-    names, hidden, seen = [], 0, set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    """List the files below a folder -> (names, {what is left out: how many}). Links are followed, each folder once."""
+    names, hidden, seen, closed = [], 0, set(), []
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -876,7 +932,7 @@ def walk(root):
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
         names += [prefix + name for name in files if not name.startswith(".")]
-    return names, hidden
+    return names, Counter({"hidden folders": hidden, "folders that cannot be opened": len(closed)})
 
 
 def find(root, names, config, fetch=None, label=None):
@@ -888,25 +944,40 @@ def find(root, names, config, fetch=None, label=None):
         nothing_found(root, folder, tables, packed, source)
     splits = {split_of(name, kind) for kind, members in kinds.items() for name in members}
     held_out = "val" if "val" in splits else "test"
-    if "train" in splits and held_out in splits:
+    rest = {"train"} if Folder in kinds else {"train", ""}              # a folder of pictures may be named test by chance
+    if splits & rest and held_out in splits:
         source.val = []
     for kind, members in kinds.items():
-        sides = {"train": members}
-        if source.val is not None:
+        for group in group_by_folder(kind, members, fetch):
             sides = {"train": [], "val": [], "test": []}
-            for name in members:
-                sides[split_of(name, kind) or "train"].append(name)
-            source.left_out[f"files of the {'test' if held_out == 'val' else 'val'} split"] += len(sides["test" if held_out == "val" else "val"])
-        chosen = Chosen(config.data.image, config.data.buckets, fetch)
-        train = open_files(kind, folder, sides["train"], chosen)
-        val = open_files(kind, folder, sides.get(held_out, []), chosen)
-        choose_columns(train or val, chosen, folder, tables, config.data.caption, source)
-        if kind is Folder and chosen.table:
-            train[0].lost += chosen.table.missing(members)
-        source.train += train
-        if source.val is not None:
-            source.val += val
+            for name in group:
+                side = split_of(name, kind) if source.val is not None else "train"
+                sides[side or "train"].append(name)
+            chosen = Chosen(config.data.image, config.data.buckets, fetch)
+            train = open_files(kind, folder, sides["train"], chosen)
+            val = open_files(kind, folder, sides[held_out], chosen)
+            if train or val:
+                choose_columns(train or val, chosen, folder, tables, config.data.caption, source)
+            if kind is Folder and chosen.table and train:
+                train[0].lost += chosen.table.missing(members)
+            source.train += train
+            if source.val is not None:
+                source.val += val
+            source.left_out["files of the test split"] += len(sides["test"]) * (held_out == "val")
     return source
+
+
+def group_by_folder(kind, names, fetch):
+    """Group archives and parquet files by their folder: the sets of one hub id often differ in their columns.
+
+    Behind a cache, where each look costs a download, and of loose files all are one group.
+    """
+    if kind is Folder or fetch:
+        return [names]
+    groups = {}
+    for name in names:
+        groups.setdefault(name.rpartition("/")[0], []).append(name)
+    return list(groups.values())
 
 
 def sort_files(folder, names, image, fetch, source):
@@ -924,7 +995,8 @@ def sort_files(folder, names, image, fetch, source):
             kinds[Parquet].append(name)
         elif suffix in TABLE_SUFFIXES:
             tables.append(name)
-            source.left_out[".parquet files without pictures"] += suffix == ".parquet"
+            if suffix == ".parquet":
+                source.left_out[f".parquet files without pictures{binary_columns(folder / name)}"] += 1
         elif suffix in PACKED_SUFFIXES:
             packed.append(name)
             source.left_out[f"compressed {suffix} files: unpack them"] += 1
@@ -944,10 +1016,17 @@ def holds_pictures(path, image):
         return True                                     # a damaged file: it will be counted as that
 
 
+def binary_columns(path):
+    """Name the columns of a parquet file that hold pictures but are not taken for the picture."""
+    schema = parquet_file(path, os.getpid()).schema_arrow
+    columns = [field.name for field in schema if picture_kind(field.type)]
+    return f" but {', '.join(columns)} (--data.image={columns[0]} would take it)" if columns else ""
+
+
 def split_of(name, kind):
     """Return "train", "val" or "test" where a folder, or the name of a tar, zip or parquet file, says so, else ""."""
     parts = name.lower().split("/")
-    for part in parts[:-1] if kind is Folder else parts:
+    for part in reversed(parts[:-1] if kind is Folder else parts):
         match = SPLIT.search(part)
         if match:
             return SPLITS[match[1]]
@@ -966,37 +1045,57 @@ def choose_columns(files, chosen, folder, tables, asked, source):
     if chosen.fetch:
         looked_at = files[:1]
         chosen.fetch(files[0].path)
-    records = [record for file in looked_at for record in file.peek()]
+    records = [record for file in looked_at for record in attempt(file.peek) or []]
     columns, _ = choose_captions(records, "", source.label)
     filled = sum(bool(captions_in(record, columns)) for record in records)
     known = {column for record in records for column in record}
     wanted = {column.strip() for column in asked.split(",")} - {""}
-    if tables and not isinstance(files[0], Parquet) and (2 * filled < len(records) or not wanted <= known):
-        chosen.table = Table()
-        for name in tables:
-            try:
-                rows = read_table(folder / name)
-            except Exception as error:                  # pyarrow, csv and json each have their own
-                source.notes.append(f"{name} cannot be read: {reason(error)}")
-                continue
-            if chosen.table.add(name, rows):
-                source.notes.append(f"captions by name of picture in {name}")
-        records = [record for file in looked_at for record in file.peek()]
+    if not isinstance(files[0], Parquet) and (2 * filled < len(records) or not wanted <= known):
+        chosen.table = read_tables(folder, tables, files, source)
+        records = [record for file in looked_at for record in attempt(file.peek) or []]
     chosen.columns, others = choose_captions(records, asked, source.label)
+    if not chosen.columns and records:
+        there = sorted({column for record in records for column in record} - {"txt"})
+        why = f": which of {', '.join(there)} holds them? Say it with --data.caption=" if there else ""
+        notes = "".join(f" ({note})" for note in source.notes)
+        fail(f"{source.label} has no captions that are known by name{why}{notes}" + ("" if there else WANTED))
     if isinstance(files[0], Parquet):
         source.notes.append(f"pictures from {looked_at[0].picture_column()}")
     note = f"captions from {', '.join(chosen.columns) or 'nothing'}"
     source.notes.append(f"{note} (others: {', '.join(others)})" if others else note)
 
 
+def read_tables(folder, names, files, source):
+    """Read the tables that may name pictures, those in archives too -> Table; None where there are none."""
+    table = Table()
+    fetch = files[0].chosen.fetch
+    blobs = {}
+    for name in names:
+        blobs[name] = lambda path=folder / name: (fetch(path) if fetch else path).read_bytes()
+    for file in files:
+        if isinstance(file, Archive):
+            members, _ = list_members(file.path)
+            for name, place in members.items():
+                if name.lower().endswith(TABLE_SUFFIXES) and stem_of(name) == name and "metadata" in name:
+                    blobs[name] = lambda path=file.path, place=place: read_piece(path, *place)
+    for name, read in blobs.items():
+        try:
+            if table.add(name, read_table(name, read())):
+                source.notes.append(f"captions by name of picture in {name}")
+        except Exception as error:                      # pyarrow, csv and json each have their own
+            source.notes.append(f"{name} cannot be read: {reason(error)}")
+    return table if table.by_path or table.lost else None
+
+
 def nothing_found(root, folder, tables, packed, source):
     """Stop, and say what is here instead of pictures and what to do."""
     for name in [*tables, *packed]:
-        records = attempt(read_table, folder / name) or [{}]
-        link = next((column for column in LINK_COLUMNS if column in records[0]), None)
+        records = [record for record in attempt(head_of_table, folder / name) or [] if isinstance(record, dict)]
+        columns = [column for record in records[:1] for column in record if isinstance(column, str)]
+        link = next((column for column in columns if column.lower() in LINK_COLUMNS), None)
         if link:
             columns, _ = choose_captions(records[:PEEK], "", root)
-            kind = name.rpartition("/")[2].partition(".")[2]
+            kind = "".join(Path(name).suffixes[-2:] if name.endswith(".gz") else Path(name).suffixes[-1:])[1:]
             fail(f"{folder / name} lists addresses of pictures (column {link}) and holds none. Fetch them first: pip install "
                  f"img2dataset; img2dataset --url_list={folder / name} --input_format={kind} --url_col={link} "
                  f"--caption_col={columns[0] if columns else 'caption'} --output_format=webdataset --resize_mode=keep_ratio "
@@ -1004,5 +1103,4 @@ def nothing_found(root, folder, tables, packed, source):
     if packed:
         fail(f"{root} holds compressed files such as {packed[0]}: unpack them (tar -xf, gunzip), then name the folder")
     held = ", ".join(f"{count} {what}" for what, count in source.left_out.items() if count) or "nothing"
-    fail(f"no pictures in {root}: want pictures with captions beside them (a.png + a.txt, metadata.jsonl), .tar, .zip or "
-         f".parquet; there is {held}, {len(tables)} tables")
+    fail(f"no pictures in {root}{WANTED}; there is {held}, {len(tables)} tables")

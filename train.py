@@ -54,7 +54,7 @@ from cluster import (Saver, Watch, agree, bf16_reduce, blocks_of, clip, hold, le
                      together, whole)
 from configs import fail
 from model import Denoiser, count, flops, patchify, unpatchify
-from sample import generate, grid
+from sample import command, excerpt, generate, grid
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -275,9 +275,18 @@ def plot(rows, path):
     page.save(path)
 
 
+def grid_prompts(c, dataset, held_out):
+    """The prompts of the sample grid: those that are given, else captions that are never trained on."""
+    given = c.sample.prompts.encode("utf-8", "replace").decode()        # a command line may hold any bytes
+    if prompts := [prompt.strip() for prompt in given.split("|") if prompt.strip()]:
+        return prompts
+    some = held_out if len(held_out) else dataset           # of a single picture, its own
+    return [some.captions(item)[0] for item in data.first_items(some, 8)]
+
+
 def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, log, rank, world, device):
     """Validation loss on a fixed set, and a grid of fixed prompts, both with the averaged weights."""
-    prompts = c.sample.prompts.split("|") if c.sample.prompts else [held_out.captions(item)[0] for item in data.first_items(held_out, 8)]
+    prompts = grid_prompts(c, dataset, held_out)
     mine = range(rank, len(prompts), world)                                                               # every rank paints some
     with whole((ema if c.optim.ema else model).eval()) as net:
         result = evaluate.validation_loss(net, c, tokenize, encode, held_out, c.train.val_images, rank, world, device, vae)
@@ -289,6 +298,7 @@ def look(c, model, ema, tokenize, encode, vae, dataset, held_out, folder, step, 
         images = torch.stack([images[i % world][i // world] for i in range(len(prompts))]) if world > 1 else images
         try:
             (folder / "samples").mkdir(exist_ok=True)
+            (folder / "prompts.txt").write_text("".join(" ".join(p.split()) + "\n" for p in prompts), "utf-8")
             grid(images, prompts).save(folder / "samples" / f"{step * c.train.batch:010d}.png")
             rows = log.rows()
             plot(rows, folder / "loss.png")
@@ -350,9 +360,10 @@ def build(c, device, align_dim, world=1):
     return model, ema, muon.build(model, c.optim, mesh)
 
 
-def recalled(dataset, null, n):
-    """(tokenize, encode) of prepared data, whose text encoder is not here: they know the first n captions of the set, and ""."""
-    found = [data.finish(data.gather(dataset, [(item, 0)]), dataset, None) for item in data.first_items(dataset, n)]                  # one by one: their shapes may differ
+def recalled(dataset, null, items):
+    """(tokenize, encode) of prepared data, without a text encoder: they know the items' captions, and ""."""
+    alone = [data.gather(dataset, [(item, 0)]) for item in items]     # shapes may differ
+    found = [data.finish(batch, dataset, None) for batch in alone]
     width = max(a["text"].shape[1] for a in ({"text": null[0]}, *found))
     states, masks = (torch.cat([F.pad(a, (0, 0) * (a.ndim - 2) + (0, width - a.shape[1])) for a in (first.to(rest[0].dtype), *rest)])
                      for first, rest in ((null[0], [a["text"] for a in found]), (null[1], [a["mask"] for a in found])))
@@ -371,6 +382,29 @@ def to_device(c, batch, null, device):
         batch["slots"] = kernels.text_slots(real)
         made["groups"] = [(send(rows), width) for rows, width in pretrained.buckets(real)] if "ids" in batch else None
     return {k: send(v) for k, v in batch.items() if torch.is_tensor(v)} | made
+
+
+def caption_lengths(c, tokenize, dataset, held_out, prepared):
+    """-> how many tokens are read of some captions, (n,); lines that say which texts are not read whole."""
+    if prepared:
+        lengths = next(data.fixed_batches(held_out, None, 256, 256))["mask"].sum(1)
+        full = int((lengths >= c.text.length).sum())
+        line = f"{full} of {len(lengths)} captions fill all {c.text.length} tokens that were prepared"
+        lines = [f"{line}; longer ones were cut there"] if full else []
+    else:
+        texts = data.some_captions(dataset, 2000)
+        lengths = tokenize(texts)[1].sum(1)
+        what = "captions" if len(dataset) < 2000 else "captions looked at"
+        cut = pretrained.cut_line(tokenize, texts, what)
+        if tokenize.length < c.text.length:
+            lines = [f"--text={c.text.encoder} reads {tokenize.length} tokens at most: "
+                     f"text.length={c.text.length} is lowered to that", cut]
+        else:
+            lines = [f"{cut}; a larger --text.length reads more" if cut else ""]
+    if c.sample.prompts:                                    # of captions in their place enough is said
+        prompts = grid_prompts(c, dataset, held_out)
+        lines.append(pretrained.cut_line(tokenize, prompts, "prompts of the sample grid"))
+    return lengths, [line for line in lines if line]
 
 
 def update_ema(c, model, ema, step):
@@ -411,23 +445,23 @@ def train(c):
     bpe = None
     if c.text.encoder == "bpe":                                                                           # weights go with their vocabulary
         bpe = pretrained.bpe_load(source / "bpe.tiktoken") if source else \
-            pretrained.bpe_train(data.some_captions(dataset, 1_000_000), c.text.vocab)
+            pretrained.bpe_train(data.some_captions(dataset, 1_000_000), c.text.vocab, c.text.length)
     if "text" in has:
         null = dataset.prepared.null[None], torch.ones(1, len(dataset.prepared.null), dtype=torch.bool)
         tokenize, encode_prompts = (pretrained.tokenizer(c), pretrained.text_encoder(c, device)) if c.sample.prompts else \
-            recalled(held_out, null, min(8, len(held_out)))
+            recalled(held_out, null, data.first_items(held_out, 8))
     else:
         tokenize, encode_prompts = pretrained.tokenizer(c, bpe), encode
         null = tokenize([""])
     null = tuple(F.pad(a, (0, 0) * (a.ndim - 2) + (0, max(0, c.text.length - a.shape[1]))) for a in null)       # as wide as any batch
     here = tuple(a.to(device) for a in null)
-    lengths = next(data.fixed_batches(held_out, tokenize, 256, 256))["mask"].sum(1) if "text" in has else \
-        tokenize([dataset.captions(item)[0] for item in data.first_items(dataset, 2000)])[1].sum(1)
-    if cut := int((lengths == c.text.length).sum()):
-        say(f"{cut} of {len(lengths)} captions fill all of text.length={c.text.length}; what does not fit is cut off: raise it for long captions")
+    lengths, cut = caption_lengths(c, tokenize, dataset, held_out, "text" in has)
+    for line in cut:
+        say(line)
     steps = c.train.images // c.train.batch
+    draw = command(excerpt(grid_prompts(c, dataset, held_out)[0]), f"--checkpoint={folder}")
     if step >= steps:
-        say(f"{folder} is finished: python sample.py \"...\" --checkpoint={folder}; to train on, --train.images=...; to start afresh, another --out")
+        say(f"{folder} is finished: {draw}; to train on, --train.images=...; to start afresh, another --out")
         return leave(world)
     compiled = compile_blocks(c, model, device)
     keep_memory(device)
@@ -446,6 +480,9 @@ def train(c):
     together(world, lambda: held.append(hold(folder)) if rank == 0 else None)
     watch, rates = Watch(rank, world, c.train.timeout, device), deque(maxlen=50)                          # img/s of the last log lines
     log, saver = Log(folder, c, step, device, rank), Saver(folder, c, bpe, index, rank, world, patient, watch)
+    if not step:                                            # else the log has them
+        for line in cut:
+            log.write(0, cut=line)
     say(f"{c.name}: {count(model) / 1e6:.1f}M parameters + {sum(p.numel() for p in model.parameters()) / 1e6 - count(model) / 1e6:.1f}M text and "
         f"heads, {len(dataset):,} images, {str(model.dtype)[6:]}, {'compiled blocks' if compiled else 'eager'}, "
         f"{'resumed at' if step else 'from'} image {step * c.train.batch:,} of {steps * c.train.batch:,}, in {folder}")
@@ -529,7 +566,8 @@ def train(c):
             return leave(world, watch)
     bar.close()
     saver.last()
-    say(f"finished after {clock.total() / 60:.1f} minutes of training: look at {folder}/index.html, then python sample.py \"a red apple\"")
+    minutes = clock.total() / 60
+    say(f"finished after {minutes:.1f} minutes of training: look at {folder}/index.html, then {draw}")
     leave(world, watch)
 
 
@@ -573,6 +611,8 @@ def bench(c, repeats=20):
         host = {"latent": torch.randn(size, c.model.channels, side, side), "text": torch.randn(size, length, c.text.dim).bfloat16(), "mask": host["mask"]}
         host |= {"teacher": torch.randn(size, c.side ** 2, align_dim).bfloat16()} if align_dim else {}
         null = host["text"][:1].clone(), null[1]
+    if device.type == "cuda":
+        host = {key: value.pin_memory() for key, value in host.items()}                                  # as the loader's thread does
     here = tuple(a.to(device) for a in null)
 
     def step(number, clock=lambda part, function: function):
@@ -606,9 +646,11 @@ def bench(c, repeats=20):
     parts = {part: 1000 * sorted(values)[len(values) // 2] for part, values in spent.items()}
     parts["forward"] -= sum(parts.get(inner, 0) for inner in ("text", "teacher", "perceptual"))           # the last with its own backward
     parts["ema"] /= c.optim.ema_every
+    rare, micros = (parts["optimizer"] + parts["ema"]) / 1000, c.train.batch // size                    # one GPU updates once in so many
     cost = 3 * flops(c, length if c.text.encoder == "bpe" or c.text.pad else real.float().mean().item())
     row = {"recipe": c.name, **provenance(device), "dtype": str(model.dtype)[6:], "compiled": compiled, "micro_batch": size, "repeats": repeats,
            "img_s": size / seconds, "ms": 1000 * seconds, "ms_min": 1000 * min(whole), "ms_max": 1000 * max(whole), **{f"ms_{k}": v for k, v in parts.items()},
+           "img_s_batch": c.train.batch / (micros * (seconds - rare) + rare),
            "mfu": cost * size / seconds / peak_flops(device, model.dtype), "gib": peak_memory(device)}
     print(f"\n{c.name}: {row['device']}, torch {row['torch']}, {row['dtype']}, {'compiled' if compiled else 'eager'}, micro-batch {size}")
     for part in ("data", "text", "teacher", "perceptual", "forward", "backward", "optimizer", "ema"):
@@ -616,6 +658,8 @@ def bench(c, repeats=20):
             print(f"  {part:10} {parts[part]:9.1f} ms {parts[part] / row['ms']:7.0%}")
     print(f"  {'step':10} {row['ms']:9.1f} ms (median of {repeats}; {row['ms_min']:.1f} to {row['ms_max']:.1f})   "
           f"{row['img_s']:.0f} images/s   MFU {row['mfu']:.0%}   peak memory {row['gib']:.1f} GiB")
+    if micros > 1:
+        print(f"  {'batch':10} of {c.train.batch:,} in {micros} micro-batches with one update, from the above: {row['img_s_batch']:.0f} images/s")
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
 
 

@@ -1,6 +1,6 @@
 """What only a GPU can show; elsewhere these skip. On a machine with one, CUDA or ROCm: python -m pytest tests/test_gpu.py
 
-Not run by us: no GPU was at hand. Their bodies were run on a CPU, where nothing can be seen of syncs."""
+What they gave on an H200 is in RESULTS.md, "On a GPU"."""
 import json
 import os
 import subprocess
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cluster
 import configs
 import kernels
 import train
@@ -21,6 +22,15 @@ ROOT = Path(__file__).parent.parent
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 KINDS = {"prx": Route(1, 2, 0.5), "dit": Route(2, None, 0.5), "mmdit": Route(2, None, 0.5)}
+
+
+@pytest.fixture(autouse=True)
+def as_training_sets_it():
+    """The same attention kernels as in training: left alone, PyTorch may prefer cuDNN's, which `cluster.device` turns off."""
+    precision = torch.get_float32_matmul_precision()
+    cluster.device()
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 def small(kind, *args):
@@ -90,7 +100,8 @@ def test_a_step_never_waits_for_the_device(kind, compiled):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trajectory_is_the_cpus(kind, monkeypatch):
-    """With what the CPU draws."""
+    """With what the CPU draws, and without TF32."""
+    torch.set_float32_matmul_precision("highest")
     c = small(kind, "--train.compile=no", "--train.precision=fp32", "--optim.ns_dtype=fp32")
     found = []
     for device in (torch.device("cpu"), GPU):
@@ -99,7 +110,8 @@ def test_the_trajectory_is_the_cpus(kind, monkeypatch):
         draws = torch.Generator().manual_seed(0)
         with monkeypatch.context() as patch:
             for name, draw in (("randn", torch.randn), ("rand", torch.rand)):
-                patch.setattr(torch, name, lambda *a, draw=draw, device=device, **k: draw(*a, **k).to(device))
+                # not `device=`: that is what the caller says, the generator's, so the draws would stay on the CPU
+                patch.setattr(torch, name, lambda *a, draw=draw, place=device, **k: draw(*a, **k).to(place))
             batches = [{k: v.to(device) for k, v in batch_of(c, seed=n).items()} for n in range(6)]
             found.append([step(c, model, ema, optimizer, batch, null, draws, n).item() for n, batch in enumerate(batches)])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
@@ -107,7 +119,8 @@ def test_the_trajectory_is_the_cpus(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_graphs_serve_all_shapes(kind):
-    """Text lengths and aspect ratios change from batch to batch: after the first two, nothing is compiled again."""
+    """Text lengths and aspect ratios change from batch to batch: after a few, nothing is compiled again. Attention under a mask
+    pads keys that are no multiple of 8 in number, so the first shapes have both kinds. A graph too many says which guard made it."""
     torch._dynamo.reset()
     c = small(kind, "--train.compile=yes", "--train.precision=bf16", "--text.length=64")
     model, ema, optimizer = train.build(c, GPU, 0)
@@ -119,11 +132,12 @@ def test_few_graphs_serve_all_shapes(kind):
         rows = {"image": torch.zeros(8, 3, height, width, dtype=torch.uint8), "ids": torch.zeros(8, length, dtype=torch.int64),
                 "mask": torch.ones(8, length, dtype=torch.bool)}
         step(c, model, ema, optimizer, {k: v.to(GPU) for k, v in rows.items()}, cut, generator, 0)
-    for shape in ((64, 64, 16), (48, 80, 24), (80, 48, 32)):
+    for shape in ((64, 64, 16), (48, 80, 24), (80, 48, 32), (64, 64, 56)):
         once(*shape)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for shape in ((96, 48, 40), (48, 96, 48), (64, 64, 56), (56, 72, 64)):
-        once(*shape)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((96, 48, 40), (48, 96, 48), (64, 64, 40), (56, 72, 64)):
+            once(*shape)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 

@@ -702,7 +702,7 @@ def test_prepared_buckets_equal_online(hub, source, tmp_path):
         assert torch.cosine_similarity(sample["teacher"].float(), features, dim=-1).min() > 0.9999
     assert len({batch["latent"].shape for batch in run(train, p, 10)}) > 3
     null = train.prepared.null[None], torch.ones(1, len(train.prepared.null), dtype=torch.bool)
-    known, encode = loop.recalled(train, null, 8)           # the first eight, of several shapes
+    known, encode = loop.recalled(train, null, data.first_items(train, 8))           # the first eight, of several shapes
     for item in data.first_items(train, 8):
         ids, mask = known([train.captions(item)[0], ""])
         want = train.get(item, 0)[0]

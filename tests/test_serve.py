@@ -82,7 +82,8 @@ def read(path):
 
 @pytest.mark.parametrize("prompt, seed", [("a red apple", 5), ("--it's \"りんご\" <b>", 2 ** 61 + 1)])
 def test_the_picture_is_that_of_sample_py_and_its_command_draws_it_again(server, folder, monkeypatch, prompt, seed):
-    *steps, made = server.draw(prompt=prompt, seed=seed, steps=3, guidance=1.5, size=48)
+    *steps, made = [said for said in server.draw(prompt=prompt, seed=seed, steps=3, guidance=1.5, size=48)
+                    if list(said) != ["cut"]]
     assert steps == [{"step": k, "of": 3} for k in range(4)]                    # the sampler's own
     assert (made["prompt"], made["seed"], made["steps"], made["guidance"], made["size"]) == (prompt, str(seed), 3, 1.5, 48)
     image, text = read(server.out / made["file"])
@@ -265,6 +266,23 @@ def test_in_a_browser_a_mistake_is_shown_and_the_next_try_works(server, browser,
     tab.locator("#words", has_text="done in").wait_for()
     assert tab.locator("#error").inner_text() == "" and tab.locator("#now img").count() == 1
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_in_a_browser_a_prompt_that_is_cut_is_said_above_and_under_its_picture(server, browser, quiet):
+    tab = browser(360)
+    tab.goto(server.url)
+    tab.get_by_label("prompt").fill("a lake at dawn behind hills " * 5)
+    tab.locator("#steps").fill("400")
+    tab.get_by_role("button", name="Draw").click()
+    tab.locator("#cut", has_text="The prompt is cut: 16 of ").wait_for()
+    tab.locator("#now figcaption", has_text="The prompt is cut: 16 of ").wait_for()
+    assert tab.locator("#cut").inner_text() == ""
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    tab.get_by_label("prompt").fill("owl")
+    tab.locator("#steps").fill("1")
+    tab.get_by_role("button", name="Draw").click()
+    tab.locator("#now figcaption", has_text="owl").wait_for()
+    assert "is cut" not in tab.locator("#now").inner_text() + tab.locator("#status").inner_text()
 
 
 def test_in_a_browser_steps_are_counted_and_leaving_frees_the_sampler(server, browser, quiet):
