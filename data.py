@@ -54,7 +54,7 @@ def load(config):
     bad = Bad(config)
     parts = []
     named = split_mixture(config.data.source)
-    for name, weight in named:
+    for name, _ in named:
         parts.append(open_source(name, config, bad, len(named)))
     if len({part.prepared is None for part in parts}) > 1:
         fail(f"{config.data.source} mixes prepared shards with pictures: prepare all of it or nothing")
@@ -104,7 +104,8 @@ def open_source(name, config, bad, n_sources):
     hub = None if path.exists() else download.parse_hub(name)
     if config.data.cache and hub:
         name = download.url_of_hub(*hub)
-    if "://" in name:
+        hub = None
+    if "://" in name and not hub:
         return open_store(name, config, n_sources)
     if hub:
         path = download.download(name)
@@ -228,7 +229,7 @@ class Dataset:
             self.files += files
             self.part_of += [part] * len(files)
         self.counts = np.full((len(self.files), len(self.shapes)), -1, np.int64)
-        for number, file in enumerate(self.files):
+        for number in range(len(self.files)):
             if not self.part_of[number].store or side == "val" or self.prepared:
                 self.count(number)
         if None in weights:                             # by size
