@@ -214,6 +214,7 @@ class Dataset:
         self.side, self.bad, self.window = side, bad, config.data.window
         self.source, self.prepared = config.data.source, parts[0].prepared
         self.files, self.part_of, self.streams = [], [], []
+        self.known_rows = {}
         self.buckets = config.data.buckets and not self.prepared
         self.shapes = [(config.model.size,) * 2]
         if self.buckets:
@@ -280,9 +281,16 @@ class Dataset:
         """Return the name of a file in its store."""
         return self.files[number].path.relative_to(self.part_of[number].store.folder).as_posix()
 
-    @functools.lru_cache(maxsize=64)
     def rows(self, number):
-        """Return the rows of a file on this side, and the number of each one's shape."""
+        """Return the rows of a file on this side, and the number of each one's shape; those of 64 files are kept."""
+        if number not in self.known_rows:
+            if len(self.known_rows) == 64:
+                self.known_rows.pop(next(iter(self.known_rows)))
+            self.known_rows[number] = self.find_rows(number)
+        return self.known_rows[number]
+
+    def find_rows(self, number):
+        """Find `rows`."""
         file, limit = self.file(number), self.part_of[number].limit
         rows = np.arange(len(file))
         if limit is not None and self.side != "both":
