@@ -54,7 +54,7 @@ def load(config):
     bad = Bad(config)
     parts = []
     named = split_mixture(config.data.source)
-    for name, weight in named:
+    for name, _ in named:
         parts.append(open_source(name, config, bad, len(named)))
     if len({part.prepared is None for part in parts}) > 1:
         fail(f"{config.data.source} mixes prepared shards with pictures: prepare all of it or nothing")
@@ -104,7 +104,8 @@ def open_source(name, config, bad, n_sources):
     hub = None if path.exists() else download.parse_hub(name)
     if config.data.cache and hub:
         name = download.url_of_hub(*hub)
-    if "://" in name:
+        hub = None
+    if "://" in name and not hub:
         return open_store(name, config, n_sources)
     if hub:
         path = download.download(name)
@@ -213,6 +214,7 @@ class Dataset:
         self.side, self.bad, self.window = side, bad, config.data.window
         self.source, self.prepared = config.data.source, parts[0].prepared
         self.files, self.part_of, self.streams = [], [], []
+        self.known_rows = {}
         self.buckets = config.data.buckets and not self.prepared
         self.shapes = [(config.model.size,) * 2]
         if self.buckets:
@@ -228,7 +230,7 @@ class Dataset:
             self.files += files
             self.part_of += [part] * len(files)
         self.counts = np.full((len(self.files), len(self.shapes)), -1, np.int64)
-        for number, file in enumerate(self.files):
+        for number in range(len(self.files)):
             if not self.part_of[number].store or side == "val" or self.prepared:
                 self.count(number)
         if None in weights:                             # by size
@@ -279,9 +281,16 @@ class Dataset:
         """Return the name of a file in its store."""
         return self.files[number].path.relative_to(self.part_of[number].store.folder).as_posix()
 
-    @functools.lru_cache(maxsize=64)
     def rows(self, number):
-        """Return the rows of a file on this side, and the number of each one's shape."""
+        """Return the rows of a file on this side, and the number of each one's shape; those of 64 files are kept."""
+        if number not in self.known_rows:
+            if len(self.known_rows) == 64:
+                self.known_rows.pop(next(iter(self.known_rows)))
+            self.known_rows[number] = self.find_rows(number)
+        return self.known_rows[number]
+
+    def find_rows(self, number):
+        """Find `rows`."""
         file, limit = self.file(number), self.part_of[number].limit
         rows = np.arange(len(file))
         if limit is not None and self.side != "both":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from configs import digest, fail
 from sources import PICTURE_SUFFIXES, TABLE_SUFFIXES, atomic, attempt, cache_folder, reason
 
-READ_SUFFIXES = (*PICTURE_SUFFIXES, *TABLE_SUFFIXES, ".txt", ".caption", ".tar", ".zip", ".safetensors")
+READ_SUFFIXES = (*PICTURE_SUFFIXES, *TABLE_SUFFIXES, ".txt", ".caption", ".tar", ".zip")
 TRIES = 8                       # of a fetch, with growing pauses: a store that is out for two minutes costs no run
 
 
@@ -48,12 +48,13 @@ def url_of_hub(repo, folder, revision):
     return f"hf://datasets/{repo}{at}/{folder}".rstrip("/")
 
 
-def fail_hub(error, name, asked):
+def fail_hub(error, name):
     """Stop with one line that says why the hub gave no data set, and what to do."""
     from huggingface_hub import errors
+    repo = parse_hub(name)[0]
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
-        why = f"it is gated: accept its terms on https://huggingface.co/datasets/{name}, then: hf auth login (or set HF_TOKEN)"
+        why = f"it is gated: accept its terms on https://huggingface.co/datasets/{repo}, then: hf auth login (or set HF_TOKEN)"
     elif status == 401:
         why = "the hub wants to know who asks, or there is no such set: check the name; if it is private: hf auth login (or set HF_TOKEN)"
     elif isinstance(error, errors.RepositoryNotFoundError):
@@ -68,42 +69,57 @@ def fail_hub(error, name, asked):
         why = f"the hub cannot be reached ({reason(error)}); the same command goes on where the download stopped"
     else:
         why = f"{reason(error)}; the same command goes on where the download stopped"
-    no_folder = "" if asked.startswith("hf:") else f"there is no folder {asked} here, and on the hub "
-    fail(f"{no_folder}hf:{name}: {why}")
+    no_folder = "" if name.startswith("hf:") else f"there is no folder {name} here, and on the hub "
+    fail(f"{no_folder}{name}: {why}")
 
 
 def download(name):
     """Fetch the files of a hub data set that can be read -> its local folder. Other processes of the machine wait for the first."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download
     repo, folder, revision = parse_hub(name)
     try:
         lock = cache_folder() / f"{digest(name):016x}.download.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
+            suffixes = READ_SUFFIXES
             if not constants.HF_HUB_OFFLINE and os.environ.get("LOCAL_RANK", "0") == "0":
-                about = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-                sizes = {file.rfilename: file.size or 0 for file in about.siblings}
-                wanted = [size for file, size in sizes.items() if is_read(file, folder)]
-                if not wanted:
-                    some = ", ".join(sorted(sizes)[:8]) or "nothing"
-                    fail(f"hf:{name} holds nothing that can be read; there is {some}")
-                tqdm.write(f"hf:{name}: {len(wanted):,} of {len(sizes):,} files, {gigabytes(sum(wanted))}")
-            start = glob.escape(folder)
-            patterns = [f"{start}/*{suffix}" if folder else f"*{suffix}" for suffix in READ_SUFFIXES]
-            patterns += [pattern.upper() if not folder else f"{start}/*{suffix.upper()}"
-                         for pattern, suffix in zip(patterns, READ_SUFFIXES)]
-            root = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[*patterns, start],
+                suffixes = look_at_hub(name)
+            start = glob.escape(folder) + "/" if folder else ""
+            patterns = [f"{start}*{ending}" for suffix in suffixes for ending in (suffix, suffix.upper())]
+            root = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[*patterns, start[:-1]],
                                      ignore_patterns=[".*", "*/.*"])
         return Path(root, folder)
     except Exception as error:                          # httpx, huggingface_hub and the file system each have their own
-        fail_hub(error, repo, name)
+        fail_hub(error, name)
 
 
-def is_read(file, folder):
+def look_at_hub(name):
+    """Say how large a set of the hub is, or stop where it holds nothing -> the suffixes of the files to fetch."""
+    from huggingface_hub import HfApi
+    repo, folder, revision = parse_hub(name)
+    try:
+        about = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+    except Exception as error:
+        if getattr(error, "response", None) is None:    # no answer at all
+            tqdm.write(f"{name}: the hub cannot be reached ({reason(error)}): what is in the cache is used")
+            return READ_SUFFIXES
+        raise
+    sizes = {file.rfilename: file.size or 0 for file in about.siblings}
+    suffixes = READ_SUFFIXES
+    if any(os.path.basename(file) == "prepare.json" for file in sizes):
+        suffixes = (*suffixes, ".safetensors")
+    wanted = [size for file, size in sizes.items() if is_read(file, folder, suffixes)]
+    if not wanted:
+        fail(f"{name} holds nothing that can be read; there is {', '.join(sorted(sizes)[:8]) or 'nothing'}")
+    tqdm.write(f"{name}: {len(wanted):,} of {len(sizes):,} files, {gigabytes(sum(wanted))}")
+    return suffixes
+
+
+def is_read(file, folder, suffixes):
     """Tell whether a file of a set lies in the folder asked for and is of a kind that is read."""
     inside = not folder or file.startswith(f"{folder}/") or file == folder
     hidden = any(part.startswith(".") for part in file.split("/"))
-    return inside and not hidden and file.lower().endswith(READ_SUFFIXES)
+    return inside and not hidden and file.lower().endswith(suffixes)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -118,6 +134,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sizes = self.list()
         self.held = {}                                  # {reader: names that are not dropped now}
+        self.coming = set()                             # names that were fetched ahead
         self.pinned = set()                             # nor ever: those of the validation set
         self.wanted, self.thread = [], None             # files to fetch ahead, and the thread that does
         largest = sorted(self.sizes.values())[-2:]
@@ -167,9 +184,9 @@ class Store:
         sizes = {}
         for path in sorted(found):
             name = path[len(top):].lstrip("/") or path.rpartition("/")[2]
-            if is_read(name, ""):
-                sizes[name] = found[path]["size"]
-        return sizes
+            sizes[name] = found[path]["size"]
+        suffixes = (*READ_SUFFIXES, ".safetensors") if "prepare.json" in sizes else READ_SUFFIXES
+        return {name: size for name, size in sizes.items() if is_read(name, "", suffixes)}
 
     def base(self):
         """Return the part of a web address that all files share, up to a slash."""
@@ -209,11 +226,13 @@ class Store:
             with FileLock(f"{path}.lock", timeout=-1 if wait else 0):
                 if path.is_file():
                     return path
-                if not self.make_room(self.sizes[name]) and not wait:
+                claim = path.with_name(path.name + ".claim")            # as large as the file will be: room that is taken
+                if not self.make_room(claim, self.sizes[name], wait):
                     return None
                 part = path.with_name(path.name + ".part")
                 self.retry(name, lambda: self.copy(name, part))
                 os.replace(part, path)
+                claim.unlink(missing_ok=True)
         except Timeout:
             return None
         return path
@@ -228,29 +247,37 @@ class Store:
             listing = self.folder / "listing.json"
             raise OSError(f"{size} bytes came of {self.sizes[name]}: if the file was changed, delete {listing}")
 
-    def make_room(self, size):
-        """Drop the files that were used longest ago, but none that is held, until `size` bytes fit; tell whether they do."""
+    def make_room(self, claim, size, needed):
+        """Claim room for a file; for that drop the files that were used longest ago -> whether there is room.
+
+        Files that are held are not dropped, nor those that come, unless this one is `needed` now.
+        """
         with FileLock(self.folder / "room.lock"):
+            kept = self.pinned.union(*self.held.values(), () if needed else self.coming)
+            kept = {self.path(name) for name in kept}
             stats = {}
             for path in self.folder.rglob("*"):
-                ours = path.suffix != ".lock" and path.name != "listing.json" and not path.name.startswith(".")
-                stat = attempt(path.stat) if ours and path.is_file() else None          # it may go meanwhile
-                if stat:
+                ours = path.suffix not in (".lock", ".part") and path.name != "listing.json"
+                stat = attempt(path.stat) if ours and not path.name.startswith(".") and path.is_file() else None
+                if stat:                                # else it went meanwhile
                     stats[path] = stat
             used = sum(stat.st_size for stat in stats.values())
             free = shutil.disk_usage(self.folder).free
-            held = {self.path(name) for name in self.pinned.union(*self.held.values())}
             for path in sorted(stats, key=lambda path: stats[path].st_mtime):
                 if used + size <= self.limit and free >= size:
                     break
-                abandoned = path.suffix == ".part" and time.time() - stats[path].st_mtime > 3600
-                if abandoned or path.suffix != ".part" and path not in held:
+                abandoned = time.time() - stats[path].st_mtime > 3600   # the claim of a process that was killed
+                if abandoned if path.suffix == ".claim" else path not in kept:
                     path.unlink(missing_ok=True)
                     used -= stats[path].st_size
                     free += stats[path].st_size
             if free < size:
                 fail(f"the disk of {self.folder} is full: lower --data.cache, or set XDG_CACHE_HOME to another disk")
-            return used + size <= self.limit
+            if used + size > self.limit and not needed:
+                return False
+            with open(claim, "wb") as file:
+                file.truncate(size)
+            return True
 
     def hold(self, reader, names, coming):
         """Keep `names` here for a reader, and fetch them and those that are `coming` ahead, as far as there is room."""
@@ -262,7 +289,7 @@ class Store:
             if room < 0:
                 break
             ahead.append(name)
-        self.held[reader] |= set(ahead)
+        self.coming = set(ahead)
         ahead = [name for name in ahead if not self.path(name).is_file()]
         first = int(os.environ.get("LOCAL_RANK", 0)) * len(ahead) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.wanted += ahead[first:] + ahead[:first]    # each process begins with others

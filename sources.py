@@ -1059,8 +1059,8 @@ def choose_columns(files, chosen, folder, tables, asked, source):
         why = f": which of {', '.join(there)} holds them? Say it with --data.caption=" if there else ""
         notes = "".join(f" ({note})" for note in source.notes)
         fail(f"{source.label} has no captions that are known by name{why}{notes}" + ("" if there else WANTED))
-    if isinstance(files[0], Parquet):
-        source.notes.append(f"pictures from {looked_at[0].picture_column()}")
+    columns = [attempt(file.picture_column) for file in looked_at if isinstance(file, Parquet)]
+    source.notes += [f"pictures from {column}" for column in columns if column]
     note = f"captions from {', '.join(chosen.columns) or 'nothing'}"
     source.notes.append(f"{note} (others: {', '.join(others)})" if others else note)
 

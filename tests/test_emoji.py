@@ -240,3 +240,10 @@ def test_missing_package_is_named(monkeypatch, style):
     monkeypatch.setattr(emoji.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=f"a package is missing: pip install {style}-"):
         load(f"--data.styles={style}")
+
+
+def test_openmoji_wants_a_pillow_that_joins_sequences(monkeypatch):
+    """Without it half of the drawings would be missing without a word."""
+    monkeypatch.setattr(emoji.features, "check", lambda name: False)
+    with pytest.raises(SystemExit, match="libfribidi0"):
+        emoji.load(configs.parse(["--config=debug", "--data.styles=twemoji,openmoji"]))
