@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+OTHERS = "aiohttp asyncio filelock fsspec httpx httpx2 jinja2 pyarrow.parquet s3fs tqdm.auto yaml".split()
 helper = None  # the process that forks
 
 
@@ -191,15 +192,7 @@ def prepare():
     import torch.distributed  # noqa: F401
     import torch.utils.data  # noqa: F401
 
-    for name in (
-        "asyncio",
-        "filelock",
-        "httpx",
-        "httpx2",
-        "jinja2",
-        "tqdm.auto",
-        "yaml",
-    ):  # what others import
+    for name in OTHERS:
         try:
             importlib.import_module(name)
         except ImportError:

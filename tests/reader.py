@@ -5,6 +5,7 @@ A line is {"step", "captions", "numbers"}: of the pictures, see sets.py. RANK an
 run's. Before the lines comes {"summary"}, after them {"val"}: the captions of the validation set.
 """
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,9 @@ def main(start, steps, flags):
     import data
     import sets
 
+    os.register_at_fork(
+        after_in_child=gc.collect
+    )  # a long run does so at some time: it must not harm the parent
     c = configs.parse(flags)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     train, val = data.load(c)

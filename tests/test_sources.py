@@ -691,7 +691,9 @@ def test_the_grid_shows_captions_of_the_pictures_that_were_held_out(recipe, tmp_
     }
     held_out = {caption for side in captions(load(tmp_path / "set")[1]).values() for caption in side}
     assert prompts and prompts <= held_out
-    shown = (tmp_path / "out/index.html").read_text().partition("(recipe: ")[0]         # where the config differs from the recipe's
+    shown = (
+        (tmp_path / "out/index.html").read_text().partition("(recipe: ")[0]
+    )  # where the config differs from the recipe's
     assert "red apple" not in shown
 
 
