@@ -1,4 +1,5 @@
-"""Data that lies elsewhere -> files here: a set of the Hugging Face hub as a whole, or a bucket through a cache of bounded size.
+"""Data that lies elsewhere -> files here: a set of the Hugging Face hub as a whole, or a bucket through a
+cache of bounded size.
 
     hf:owner/name[/folder][@revision]       downloaded whole, once per machine, by huggingface_hub (HF_HOME, HF_TOKEN, ... as always)
     the same with --data.cache=200GB        read through the cache
@@ -32,11 +33,12 @@ def gigabytes(count):
     return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # By name, whole
 
 def parse_hub(name):
-    """Split "hf:owner/name/folder@revision" -> (owner/name, folder, revision); None where it is not of that form."""
+    """Split "hf:owner/name/folder@revision" -> (owner/name, folder, revision); None where it is not of that
+    form."""
     match = re.fullmatch(r"hf:(?://datasets/)?([\w.-]+/[\w.-]+)((?:/[^@]+)?)(?:@(.+))?", name)
     match = match or re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)()(?:@(.+))?", name)        # without hf: only the plain name
     return match and (match[1], match[2].strip("/"), match[3])
@@ -74,7 +76,8 @@ def fail_hub(error, name):
 
 
 def download(name):
-    """Fetch the files of a hub data set that can be read -> its local folder. Other processes of the machine wait for the first."""
+    """Fetch the files of a hub data set that can be read -> its local folder. Other processes of the machine
+    wait for the first."""
     from huggingface_hub import constants, snapshot_download
     repo, folder, revision = parse_hub(name)
     try:
@@ -94,7 +97,8 @@ def download(name):
 
 
 def look_at_hub(name):
-    """Say how large a set of the hub is, or stop where it holds nothing -> the suffixes of the files to fetch."""
+    """Say how large a set of the hub is, or stop where it holds nothing -> the suffixes of the files to
+    fetch."""
     from huggingface_hub import HfApi
     repo, folder, revision = parse_hub(name)
     try:
@@ -122,11 +126,12 @@ def is_read(file, folder, suffixes):
     return inside and not hidden and file.lower().endswith(suffixes)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Through a cache
 
 class Store:
-    """Files behind a URL, each fetched whole into a folder of bounded size that all processes of a machine share."""
+    """Files behind a URL, each fetched whole into a folder of bounded size that all processes of a machine
+    share."""
 
     def __init__(self, url, limit):
         self.url, self.limit = url, limit
@@ -142,7 +147,8 @@ class Store:
             fail(f"--data.cache={gigabytes(limit)} is too small for {url}: it must hold two files, {gigabytes(sum(largest))}")
 
     def filesystem(self):
-        """Return (fsspec's file system, the root in it). fsspec keeps one for each process, as a fork must not share it."""
+        """Return (fsspec's file system, the root in it). fsspec keeps one for each process, as a fork must
+        not share it."""
         try:
             return fsspec.core.url_to_fs(self.url.partition("{")[0])
         except ImportError as error:
@@ -167,7 +173,8 @@ class Store:
             return sizes
 
     def ask(self):
-        """List the files of the store -> {name: bytes}. https cannot list: there {first..last} stands for numbers."""
+        """List the files of the store -> {name: bytes}. https cannot list: there {first..last} stands for
+        numbers."""
         system, root = self.filesystem()
         if self.url.startswith("http"):
             urls = [self.url]
@@ -216,7 +223,8 @@ class Store:
         return self.folder / name
 
     def fetch(self, name, wait=True):
-        """Bring a file here, if it is not -> its path. Without `wait`, None where another process is at it or there is no room."""
+        """Bring a file here, if it is not -> its path. Without `wait`, None where another process is at it or
+        there is no room."""
         path = self.path(name)
         if path.is_file():
             os.utime(path)                              # used last
@@ -280,7 +288,8 @@ class Store:
             return True
 
     def hold(self, reader, names, coming):
-        """Keep `names` here for a reader, and fetch them and those that are `coming` ahead, as far as there is room."""
+        """Keep `names` here for a reader, and fetch them and those that are `coming` ahead, as far as there
+        is room."""
         self.held[reader] = set(names)
         room = self.limit - sum(self.sizes[name] for name in self.pinned.union(*self.held.values()))
         ahead = list(names)
@@ -298,7 +307,8 @@ class Store:
             self.thread.start()
 
     def fetch_wanted(self):
-        """Fetch what `hold` wants, until nothing is left; a file that another process fetches is left to it."""
+        """Fetch what `hold` wants, until nothing is left; a file that another process fetches is left to
+        it."""
         while self.wanted:
             try:
                 self.fetch(self.wanted.pop(0), wait=False)

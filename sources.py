@@ -48,12 +48,15 @@ MAX_CAPTION = 1_000_000         # bytes of a caption file that are read
 BESIDE = "pictures beside the one meant, such as masks"
 PEEK = 100                      # rows that are looked at to choose the columns
 
-# Names of columns, keys and views that hold the picture itself, and words of names that hold something about it.
+# Names of columns, keys and views that hold the picture itself, and words of names that hold something
+# about it.
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "output", "output_image", "picture")
 NO_PICTURE = re.compile("thumb|mask|condition|control|depth|embed|segment|canny|edge")
 
-# Names of columns and keys that hold captions, best first: long captions by vision models, then what people wrote, then
-# the prompts that pictures were generated from. "txt" is a .txt or .caption beside the picture; "caption_*" any such name.
+# Names of columns and keys that hold captions, best first: long captions by vision models, then what people
+# wrote, then
+# the prompts that pictures were generated from. "txt" is a .txt or .caption beside the picture; "caption_*"
+# any such name.
 CAPTION_COLUMNS = ("caption_detail", "long_caption", "caption_llava", "qwen3", "gemini", "llava", "caption_*",
                    "synthetic_caption", "gpt4_turbo_caption", "txt", "enhanced_prompt", "caption", "captions", "text",
                    "blip_caption", "short_caption", "description", "input_prompt", "caption_original", "alt_text", "prompt",
@@ -62,8 +65,9 @@ LINK_COLUMNS = ("url", "image_url", "img_url", "urls", "image_link")
 NAME_COLUMNS = ("file_name", "filename", "output_image", "image_path", "image", "img", "path", "file", "key", "id")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Captions. A record is what is known of one picture: {"txt": lines of the .txt, key of the .json or column: value}
+# ----------------------------------------------------------------------------------------------------
+# Captions. A record is what is known of one picture: {"txt": lines of the .txt, key of the .json or column:
+# value}
 
 def caption_rank(name):
     """Return the place of a column among CAPTION_COLUMNS, or None where its name is not that of captions."""
@@ -83,7 +87,8 @@ def is_text(value):
 
 
 def captions_in(record, columns):
-    """Return the captions of a record in the given columns. Those that a status column calls failed do not count."""
+    """Return the captions of a record in the given columns. Those that a status column calls failed do not
+    count."""
     found = []
     for column in columns:
         value = record.get(column)
@@ -130,7 +135,8 @@ def choose_captions(records, asked, where):
 
 
 def read_text(blob):
-    """Decode the bytes of a caption file: UTF-8, with or without a mark, or UTF-16 with one. Else raises ValueError."""
+    """Decode the bytes of a caption file: UTF-8, with or without a mark, or UTF-16 with one. Else raises
+    ValueError."""
     blob = blob[:MAX_CAPTION]
     try:
         if blob.startswith((b"\xff\xfe", b"\xfe\xff")) and not blob.startswith(b"\xff\xfe\0\0"):
@@ -143,7 +149,8 @@ def read_text(blob):
 
 
 def make_record(txt, json_blob, table_row=None):
-    """Build the record of a picture from the bytes of its .txt, of its .json, and its row of a table; each may be None."""
+    """Build the record of a picture from the bytes of its .txt, of its .json, and its row of a table; each
+    may be None."""
     record = dict(table_row or {})
     if json_blob is not None:
         entry = json.loads(read_text(json_blob))
@@ -154,7 +161,7 @@ def make_record(txt, json_blob, table_row=None):
     return record
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Pictures
 
 def reason(error):
@@ -164,7 +171,8 @@ def reason(error):
 
 
 def opened(file):
-    """Open a picture (a path or a file) and read its header only: one that claims too many pixels raises ValueError."""
+    """Open a picture (a path or a file) and read its header only: one that claims too many pixels raises
+    ValueError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # our limit stands below
         image = Image.open(file, formats=FORMATS)
@@ -223,7 +231,8 @@ def pair(names, asked, where):
 
 
 def choose_view(views, asked):
-    """Choose among pictures of one name, {"png" or "depth.png": file}: what is asked for, else the plain one, else no mask."""
+    """Choose among pictures of one name, {"png" or "depth.png": file}: what is asked for, else the plain one,
+    else no mask."""
     if asked:
         return [view for view in views if asked in (view, view.rpartition(".")[0], view.rpartition(".")[2])]
     plain = [view for view in views if "." not in view]
@@ -231,7 +240,8 @@ def choose_view(views, asked):
 
 
 def choose_picture_column(columns, asked, where):
-    """Choose the column of pictures, among [(name, "struct" or "bytes")] -> its name; None where there is none."""
+    """Choose the column of pictures, among [(name, "struct" or "bytes")] -> its name; None where there is
+    none."""
     names = [name for name, _ in columns]
     if asked:
         if asked not in names:
@@ -245,12 +255,13 @@ def choose_picture_column(columns, asked, where):
     return candidates[0] if candidates else None
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # An index is kept beside its file, or in the user's cache where that cannot be written
 
 @contextmanager
 def atomic(path, writer=""):
-    """Yield another name to write to; flush it to disk, then rename it. `writer` tells apart those who write the same at once."""
+    """Yield another name to write to; flush it to disk, then rename it. `writer` tells apart those who write
+    the same at once."""
     suffix = f".{writer}.part" if writer != "" else ".part"
     part = path.with_name(path.name + suffix)
     yield part
@@ -269,7 +280,8 @@ def cache_folder():
 
 
 def mark_of(path, choice):
-    """Return what an index was made of: exact size and time, a checksum of both ends of the file, and what was chosen."""
+    """Return what an index was made of: exact size and time, a checksum of both ends of the file, and what
+    was chosen."""
     stat = path.stat()
     with open(path, "rb", buffering=0) as file:
         ends = zlib.crc32(file.read(65536))
@@ -279,7 +291,8 @@ def mark_of(path, choice):
 
 
 def kept(path, choice, make, fetch=None):
-    """Return (place, {name: array}) for a file: as kept, if the file is still the same, else from make(), which is then kept.
+    """Return (place, {name: array}) for a file: as kept, if the file is still the same, else from make(),
+    which is then kept.
 
     The place is the path of the kept arrays, None where nothing can be written. A file that comes through a cache need not
     be here for that: it is fetched, by fetch(path), to be indexed for the first time.
@@ -322,7 +335,8 @@ def handle(path, process):
 
 
 def read_piece(path, offset, size, packing=0, limit=4 * MAX_PIXELS):
-    """Read `size` bytes of a file from `offset` on, and unpack at most `limit` bytes of what a zip has deflated (1)."""
+    """Read `size` bytes of a file from `offset` on, and unpack at most `limit` bytes of what a zip has
+    deflated (1)."""
     if packing == 2:
         raise ValueError("the zip holds it encrypted, or packed in a way that is not read")
     file = handle(path, os.getpid())
@@ -341,11 +355,12 @@ def close_files():
     parquet_file.cache_clear()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Loose files
 
 class Folder:
-    """Pictures that are files, each with its captions beside it or in a table that names it. Looked through at each start."""
+    """Pictures that are files, each with its captions beside it or in a table that names it. Looked through
+    at each start."""
 
     def __init__(self, root, names, chosen):
         self.path, self.root, self.chosen = root, root, chosen
@@ -412,7 +427,7 @@ def records_of(names, read):
     return records
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Tar and zip
 
 MEMBER = np.dtype([("offset", "u8"), ("size", "u4"), ("packing", "u1")])
@@ -421,13 +436,15 @@ NO_MEMBER = (0, 0, 0)
 
 
 class Archive:
-    """A tar or zip of pictures and their captions. Its index of offsets is kept: then any picture is one read away."""
+    """A tar or zip of pictures and their captions. Its index of offsets is kept: then any picture is one read
+    away."""
 
     def __init__(self, path, chosen):
         self.path, self.chosen, self.lost, self.total, self.left_out = path, chosen, [], 0, Counter()
 
     def peek(self):
-        """Return the records of the first pictures; where all pictures come before all captions, list it whole."""
+        """Return the records of the first pictures; where all pictures come before all captions, list it
+        whole."""
         for limit in (4 * PEEK, None):
             members, _ = list_members(self.path, limit)
             pairs, _ = pair(members, self.chosen.image, self.path)
@@ -440,7 +457,8 @@ class Archive:
         return records_of(list(pairs)[:PEEK], read)
 
     def index(self):
-        """Make the index, or see that the kept one still holds. It stays on the disk: of many archives it is large."""
+        """Make the index, or see that the kept one still holds. It stays on the disk: of many archives it is
+        large."""
         chosen = self.chosen
         columns = None if chosen.table else chosen.columns             # None: captions come from a table
         self.place, self.rows, self.names = None, None, None
@@ -616,7 +634,7 @@ def pack_json(value):
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Parquet
 
 GROUP_BYTES = 256 * 2 ** 20     # of row groups that a process holds, and among whose rows pictures are shuffled
@@ -640,7 +658,8 @@ class Parquet:
         return records
 
     def index(self):
-        """Read the footer, or what was kept of it; where aspect ratios matter (data.buckets) measure each picture once."""
+        """Read the footer, or what was kept of it; where aspect ratios matter (data.buckets) measure each
+        picture once."""
         chosen = self.chosen
         try:
             _, arrays = kept(self.path, ["footer", chosen.image, *chosen.columns], self.read_footer, chosen.fetch)
@@ -657,7 +676,8 @@ class Parquet:
         return picture_column(parquet_file(self.path, os.getpid()).schema_arrow, self.chosen.image, self.path)
 
     def read_footer(self):
-        """Return the rows and bytes of each row group, the columns to read, and what is wrong with the file."""
+        """Return the rows and bytes of each row group, the columns to read, and what is wrong with the
+        file."""
         about, groups = {"column": None, "columns": [], "lost": []}, []
         try:
             file = parquet_file(self.path, os.getpid())
@@ -675,7 +695,8 @@ class Parquet:
                 "bytes": np.array([group.total_byte_size for group in groups], np.int64), "about": pack_json(about)}
 
     def measure(self):
-        """Return the size of each picture; 1 x 1 where it cannot be told: that one is found to be bad when it is read."""
+        """Return the size of each picture; 1 x 1 where it cannot be told: that one is found to be bad when it
+        is read."""
         sizes = []
         for row in range(len(self)):
             sizes.append(attempt(lambda row=row: size_of(io.BytesIO(self.picture(row)))) or (1, 1))
@@ -761,7 +782,7 @@ def row_group(path, group, columns):
     return GROUPS[key]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Tables that name pictures: metadata.jsonl or .csv or .parquet, a json list, COCO's images and annotations
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -808,7 +829,8 @@ def join_annotations(table):
 
 
 class Table:
-    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if only one has it.
+    """Records by the name of their picture, without its suffix: by the whole path, else by its last part if
+    only one has it.
 
     lost: rows of a metadata file that name no picture, [(name, why)]. Other tables may well name pictures that are not here.
     """
@@ -852,7 +874,8 @@ class Table:
         return self.by_path.get(stem) or self.by_path.get(self.by_base.get(stem.rpartition("/")[2]))
 
     def missing(self, pictures):
-        """Return what cannot be used of the metadata files, given the pictures that are here: [(name, why)]."""
+        """Return what cannot be used of the metadata files, given the pictures that are here: [(name,
+        why)]."""
         here = {stem_of(picture) for picture in pictures}
         return self.lost + [(name, "there is no such picture") for name in self.promised if stem_of(name) not in here]
 
@@ -873,7 +896,7 @@ def stem_of(name):
     return stem if suffix.lower() in PICTURE_SUFFIXES else name
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # What a folder holds
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -884,7 +907,8 @@ PACKED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 class Chosen:
-    """What was chosen for files of one kind: the columns of captions, the flag --data.image, the table that names pictures.
+    """What was chosen for files of one kind: the columns of captions, the flag --data.image, the table that
+    names pictures.
 
     measure: whether aspect ratios matter. fetch(path) brings a file here that comes through a cache; None where files are here.
     """
@@ -901,7 +925,8 @@ class Chosen:
 
 
 class Source:
-    """The files of one source: to train on and, where the source says so itself, to validate on (else None)."""
+    """The files of one source: to train on and, where the source says so itself, to validate on (else
+    None)."""
 
     def __init__(self, label):
         self.label, self.train, self.val, self.left_out, self.notes = label, [], None, Counter(), []
@@ -919,7 +944,8 @@ class Source:
 
 
 def walk(root):
-    """List the files below a folder -> (names, {what is left out: how many}). Links are followed, each folder once."""
+    """List the files below a folder -> (names, {what is left out: how many}). Links are followed, each folder
+    once."""
     names, hidden, seen, closed = [], 0, set(), []
     for folder, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
         real = os.path.realpath(folder)
@@ -936,7 +962,8 @@ def walk(root):
 
 
 def find(root, names, config, fetch=None, label=None):
-    """Find out what the named files below `root` are -> Source. `fetch(path)` brings a file here before it is looked at."""
+    """Find out what the named files below `root` are -> Source. `fetch(path)` brings a file here before it is
+    looked at."""
     source = Source(label or root)
     folder = root.parent if root.is_file() else root
     kinds, tables, packed = sort_files(folder, names, config.data.image, fetch, source)
@@ -981,7 +1008,8 @@ def group_by_folder(kind, names, fetch):
 
 
 def sort_files(folder, names, image, fetch, source):
-    """Sort names -> ({class: names of its files}, tables that may name pictures, compressed files); the rest is left out."""
+    """Sort names -> ({class: names of its files}, tables that may name pictures, compressed files); the rest
+    is left out."""
     kinds, tables, packed = {Folder: [], Archive: [], Parquet: []}, [], []
     pictures = {os.path.splitext(name)[0] for name in names if name.lower().endswith(PICTURE_SUFFIXES)}
     for name in sorted(names):
@@ -1024,7 +1052,8 @@ def binary_columns(path):
 
 
 def split_of(name, kind):
-    """Return "train", "val" or "test" where a folder, or the name of a tar, zip or parquet file, says so, else ""."""
+    """Return "train", "val" or "test" where a folder, or the name of a tar, zip or parquet file, says so,
+    else ""."""
     parts = name.lower().split("/")
     for part in reversed(parts[:-1] if kind is Folder else parts):
         match = SPLIT.search(part)
@@ -1040,7 +1069,8 @@ def open_files(kind, folder, names, chosen):
 
 
 def choose_columns(files, chosen, folder, tables, asked, source):
-    """Choose the columns of captions by what the first, the middle and the last file hold; ask the tables if they hold too few."""
+    """Choose the columns of captions by what the first, the middle and the last file hold; ask the tables if
+    they hold too few."""
     looked_at = [files[k] for k in sorted({0, len(files) // 2, len(files) - 1})]
     if chosen.fetch:
         looked_at = files[:1]
