@@ -4,7 +4,7 @@
     w <- (1 - lr decay) w - lr scale NS(u)                             "rms": 0.2 sqrt(max(rows, cols)) (Liu et al. 2025: as large as an
                                                                        AdamW update); "spectral": sqrt(max(1, rows / cols)) (Jordan)
 
-NS is `kernels.newton_schulz`: matrices of one shape go through it as one batch, a bank. Rows that were fused because they
+NS is `newton_schulz`: matrices of one shape go through it as one batch, a bank. Rows that were fused because they
 share an input (`weight.pieces`, e.g. q, k and v) are different maps, so by default each is orthogonalised on its own.
 
 Many ranks form a grid, replicas x shards: ddp is (world, 1), fsdp (1, world), hsdp (nodes, ranks of a node). A parameter is
@@ -20,10 +20,41 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
-from kernels import newton_schulz
-
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor          # its name before torch 2.13
 Piece = namedtuple("Piece", "p first rows home")            # rows [first, first + rows) of p; home: (replica, shard)
+
+
+# Newton-Schulz: five steps of X <- a X + (b A + c A A) X with A = X X^T, and (a, b, c) for each step.
+COEFFICIENTS = {
+    # Keller Jordan's polynomial: singular values end in about [0.68, 1.13].
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
+    # Polar Express (Amsel et al. 2025): the best polynomial for each step, with a safety factor of 1.02.
+    "polar": [
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ],
+}
+
+
+def newton_schulz(matrices, kind="quintic", dtype=torch.bfloat16):
+    """Orthogonalise each of `matrices` (n, rows, cols), roughly. Computes in `dtype` and returns that."""
+    x = matrices.to(dtype)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT                                            # X X^T is then the smaller product
+    norm = x.norm(dim=(1, 2), keepdim=True)
+    if kind == "quintic":
+        x = x / (norm + 1e-7)
+    else:
+        x = x / (norm * 1.02 + 1e-6)
+    for a, b, c in COEFFICIENTS[kind]:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
 
 
 def local(x):
