@@ -9,7 +9,7 @@ matrix, and it is most of the work, so the ranks share the matrices out and each
 shape are stacked into a bank, (n, rows, cols). On many ranks a bank is a DTensor on the mesh of replicas x
 shards, and `redistribute` sends it from one of these placements to another:
 
-    Replicate, Shard(1)    as the weights lie. ddp: all on every rank; fsdp: some rows on each; hsdp: both
+    Replicate, Shard(1)    as the weights lie: all rows on every rank (ddp) or some on each shard (fsdp, hsdp)
     Replicate, Shard(2)    all rows of some columns: here q, k and v, fused by rows, can be taken apart
     Shard(0), Shard(0)     some whole matrices on each rank: what NS needs
 """
@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(weights, update.unbind(), alpha=-lr * scale)
 
     def orthogonalise(self, bank, rows, height):
-        """Orthogonalise matrices of a bank, cut into pieces of `height` rows.
+        """Orthogonalise the matrices of a bank, each piece of `height` rows on its own.
 
         `bank` (n, my rows, cols) is what this rank holds of (n, rows, cols). Returns that part of the result.
         """
@@ -145,13 +145,14 @@ class Muon(torch.optim.Optimizer):
             bank.to(self.ns_dtype), self.mesh, [Replicate(), Shard(1)],
             shape=(n, rows, cols), stride=(rows * cols, cols, 1), run_check=False,
         )
-        # If whole fused matrices cannot be shared out evenly, their pieces are, for another message each way.
+        # Fused matrices are shared out whole if that is even, else in pieces: another all-to-all each way.
         take_apart = rows > height and n % self.mesh.size() > 0
         if take_apart:
             bank = bank.redistribute(placements=[Replicate(), Shard(2)])
-            bank = bank.clone()                             # uneven shards leave gaps, and a view allows none
+            bank = bank.clone()                             # uneven shards left gaps, a view allows none
             bank = bank.view(n * rows // height, height, cols)
-        # Each replica keeps some, without a message, then its shards swap. At once, DTensor would gather all.
+        # First each replica keeps some matrices, without a message, then its shards swap rows for matrices.
+        # Asked for both at once, DTensor would gather the whole bank on every rank.
         bank = bank.redistribute(placements=[Shard(0), bank.placements[1]])
         bank = bank.redistribute(placements=[Shard(0), Shard(0)])
         mine = bank.to_local()
