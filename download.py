@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from configs import digest, fail
-from sources import PICTURE_SUFFIXES, TABLE_SUFFIXES, atomic, attempt, cache_folder, reason
+from sources import PICTURE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, atomic, attempt, cache_folder, reason
 
-READ_SUFFIXES = (*PICTURE_SUFFIXES, *TABLE_SUFFIXES, ".txt", ".caption", ".tar", ".zip")
+READ_SUFFIXES = (*PICTURE_SUFFIXES, *TEXT_SUFFIXES, *TABLE_SUFFIXES, ".tar", ".zip")
 TRIES = 8                       # of a fetch, with growing pauses: a store may be out for two minutes
 ABANDONED = 3600                # seconds after which a claim of room is taken for that of a killed process
 
