@@ -394,6 +394,7 @@ class PictureFile:
     """What files of every kind have; their methods are listed at the top."""
 
     def __init__(self, path, options):
+        """Note where the file is and how to read it: nothing is read yet."""
         self.path, self.options = path, options
         self.lost, self.total = [], 0
         self.left_out = Counter()
@@ -409,6 +410,7 @@ class Folder(PictureFile):
     """Pictures that are files, with captions beside them or in a table. Looked through at each start."""
 
     def __init__(self, root, names, options):
+        """Match the named pictures below a folder with their captions."""
         super().__init__(root, options)
         self.pairs, extra = match_captions(names, options.image, root)
         self.left_out[BESIDE] = len(extra)
@@ -442,6 +444,7 @@ class Folder(PictureFile):
         return size_of(self.path / name)
 
     def __len__(self):
+        """Count the pictures that can be used."""
         return len(self.rows)
 
     def keys(self):
@@ -495,6 +498,7 @@ class Archive(PictureFile):
                 break
 
         def record(picture):
+            """Read the record of a picture."""
             blobs = []
             for name in pairs[picture]:
                 blobs.append(read_member(self.path, members[name], MAX_CAPTION) if name else None)
@@ -539,6 +543,7 @@ class Archive(PictureFile):
         return load_rows(self.place) if self.rows is None else self.rows
 
     def __len__(self):
+        """Count the pictures that can be used."""
         return self.count
 
     def keys(self):
@@ -661,6 +666,7 @@ def index_archive(path, image, columns):
         return pack_index({}, [(name, wrong) for name in pairs] or [(path.name, wrong)], left_out)
 
     def make_row(picture):
+        """Return the ROW of a picture; raise where it cannot be used."""
         texts = [members.get(name, Member()) for name in pairs[picture]]
         if columns is not None and not captions_in(make_record(*read_texts(path, texts)), columns):
             raise ValueError(no_caption(columns))
@@ -674,6 +680,7 @@ def index_archive(path, image, columns):
 def size_in_archive(path, member):
     """Return width and height of a picture in an archive, from its first 64 KB if they tell."""
     def measure(member, *limit):
+        """Return the size of a picture of which `limit` bytes are unpacked."""
         return size_of(io.BytesIO(read_member(path, member, *limit)))
 
     start = member._replace(size=min(member.size, 2 ** 16))
@@ -766,6 +773,7 @@ class Parquet(PictureFile):
         return size_of(io.BytesIO(self.picture(row)))
 
     def __len__(self):
+        """Count the rows of all row groups."""
         return int(self.counts.sum())
 
     def keys(self):
@@ -935,6 +943,7 @@ class Table:
     """
 
     def __init__(self):
+        """Make a table without records."""
         self.by_path, self.by_name = {}, {}
         self.promised, self.lost = [], []
 
@@ -1021,6 +1030,7 @@ class ReadOptions:
     """
 
     def __init__(self, data_config, fetch):
+        """Take what the flags say; columns and table are chosen later."""
         self.image, self.measure = data_config.image, data_config.buckets
         self.fetch = fetch
         self.columns, self.table = [], None
@@ -1034,6 +1044,7 @@ class Source:
     """The files of one source: to train on and, if the source says so itself, to validate on (else None)."""
 
     def __init__(self, label, left_out):
+        """Make a source without files; `label` names it in messages."""
         self.label, self.left_out = label, left_out
         self.train, self.val = [], None
         self.notes = []
