@@ -609,7 +609,7 @@ class Stream:
         store = dataset.part_of[window[0]].store
         if store:
             names = [[dataset.name_of(number) for number in numbers] for numbers in (window, coming)]
-            store.hold((dataset.side, self.files[0], self.shape), *names)
+            store.prefetch((dataset.side, self.files[0], self.shape), *names)
 
     def check_room(self, window):
         """Stop if a window does not fit into half of the cache: the other half is for the files that come."""

@@ -61,12 +61,12 @@ def many(source, root, files=1000, each=10_000):
                 member = tarfile.TarInfo(name)
                 member.size = len(blob)
                 tar.addfile(member, io.BytesIO(blob))
-        arrays = sources.scan(path, "", ["txt"])
+        arrays = sources.index_archive(path, "", ["txt"])
         rows = np.repeat(arrays["rows"], each)
         rows["key"] = np.random.default_rng(k).integers(0, 2 ** 64, each, dtype=np.uint64)
         names = "\n".join(f"{i}.jpg" for i in range(each)).encode()
         made = {**arrays, "rows": rows, "names": np.frombuffer(names, np.uint8)}
-        sources.kept(path, ["", "txt"], lambda made=made: made)
+        sources.cached_index(path, ["", "txt"], lambda made=made: made)
 
 
 def hub(root):
