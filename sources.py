@@ -390,28 +390,17 @@ def close_files():
     parquet_file.cache_clear()
 
 
-class PictureFile:
-    """What files of every kind have; their methods are listed at the top."""
-
-    def __init__(self, path, options):
-        """Note where the file is and how to read it: nothing is read yet."""
-        self.path, self.options = path, options
-        self.lost, self.total = [], 0
-        self.left_out = Counter()
-
-    def groups(self):
-        """Return the row group of each row; None where each picture is read by itself."""
-
-
 # ----------------------------------------------------------------------------------------------------
 # Loose files
 
-class Folder(PictureFile):
+class Folder:
     """Pictures that are files, with captions beside them or in a table. Looked through at each start."""
 
     def __init__(self, root, names, options):
         """Match the named pictures below a folder with their captions."""
-        super().__init__(root, options)
+        self.path, self.options = root, options
+        self.lost, self.total = [], 0
+        self.left_out = Counter()
         self.pairs, extra = match_captions(names, options.image, root)
         self.left_out[BESIDE] = len(extra)
         self.rows = []
@@ -455,6 +444,10 @@ class Folder(PictureFile):
         """Return width and height of each picture, as `index` found them."""
         return self._sizes
 
+    def groups(self):
+        """Return None: each picture is read by itself."""
+        return None
+
     def captions(self, row):
         """Read the captions of a picture."""
         return captions_in(self.record(self.rows[row]), self.options.columns)
@@ -486,8 +479,14 @@ ROW = np.dtype([("key", "u8"), ("picture", MEMBER), ("width", "u4"), ("height", 
                 ("json", MEMBER)])
 
 
-class Archive(PictureFile):
+class Archive:
     """A tar or zip of pictures and their captions. With its kept index any picture is one read away."""
+
+    def __init__(self, path, options):
+        """Note where the file is and how to read it: nothing is read yet."""
+        self.path, self.options = path, options
+        self.lost, self.total = [], 0
+        self.left_out = Counter()
 
     def peek(self):
         """Return the records of the first pictures; list all if no captions are among the first files."""
@@ -554,6 +553,10 @@ class Archive(PictureFile):
         """Return width and height of each picture, which the index holds."""
         rows = self.usable_rows()
         return np.stack([rows["width"], rows["height"]], 1).astype(np.int64)
+
+    def groups(self):
+        """Return None: each picture is read by itself."""
+        return None
 
     def captions(self, row):
         """Read the captions of a picture."""
@@ -705,8 +708,14 @@ def pack_json(value):
 GROUP_BYTES = 256 * 2 ** 20     # of row groups, among whose rows pictures are shuffled; a process holds two
 
 
-class Parquet(PictureFile):
+class Parquet:
     """Rows with the encoded picture in a column, read in place, a row group at a time."""
+
+    def __init__(self, path, options):
+        """Note where the file is and how to read it: nothing is read yet."""
+        self.path, self.options = path, options
+        self.lost, self.total = [], 0
+        self.left_out = Counter()
 
     def peek(self):
         """Return the records of some rows, of the first, the middle and the last row group."""
@@ -996,8 +1005,8 @@ class Table:
 def merge(one, other):
     """Return the texts of one record, each with those that another has in the same column."""
     merged = dict(one)
-    for column in one.keys() & other.keys():
-        merged[column] = as_list(one[column]) + as_list(other[column])
+    for column, value in other.items():
+        merged[column] = as_list(one.get(column, [])) + as_list(value)
     return merged
 
 
