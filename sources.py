@@ -420,17 +420,19 @@ class Folder:
         """Look at each picture's header and captions; keep those that can be used."""
         names = sorted(self.pairs)
         bar = tqdm(names, desc="checking pictures", leave=False, disable=len(names) < 5000)
-        sizes, lost = try_each(bar, self.size_if_captioned)
+        found, lost = try_each(bar, self.look_at)
         self.total = len(names) + len(self.lost)        # `find` noted what tables promise and is not here
         self.lost += lost
-        self.rows = list(sizes)
-        self._sizes = np.array(list(sizes.values()), np.int64).reshape(-1, 2)
+        self.rows = list(found)
+        self.texts = [captions for captions, _ in found.values()]
+        self._sizes = np.array([size for _, size in found.values()], np.int64).reshape(-1, 2)
 
-    def size_if_captioned(self, name):
-        """Return width and height of a picture; raise ValueError if it has no caption."""
-        if not captions_in(self.record(name), self.options.columns):
+    def look_at(self, name):
+        """Return the captions, and the width and height, of a picture; raise ValueError if it has none."""
+        captions = captions_in(self.record(name), self.options.columns)
+        if not captions:
             raise ValueError(no_caption(self.options.columns))
-        return size_of(self.path / name)
+        return captions, size_of(self.path / name)
 
     def __len__(self):
         """Count the pictures that can be used."""
@@ -449,8 +451,8 @@ class Folder:
         return None
 
     def captions(self, row):
-        """Read the captions of a picture."""
-        return captions_in(self.record(self.rows[row]), self.options.columns)
+        """Return the captions of a picture, as `index` found them."""
+        return self.texts[row]
 
     def picture(self, row):
         """Return the path of a picture."""
