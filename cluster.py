@@ -242,11 +242,28 @@ def contents(model, ema, optimizer):
     return files
 
 
+def extent(x, mesh, whole=False):
+    """Return (start, flat view): this replica's share of the rows of x that this shard holds, or all of them, and where
+    in the flattened x it starts. Together the ranks' shares are all of x, once."""
+    replicas, shards = mesh.shape if mesh else (1, 1)
+    replica, shard = mesh.get_coordinate() if mesh else (0, 0)
+    part = muon.local(x).view(-1)
+    start = 0
+    if hasattr(x, "to_local"):
+        start = shard * -(-x.shape[0] // shards) * x.shape[1:].numel()
+    if whole or x.ndim == 0:
+        return start, part
+    size = -(-len(part) // replicas)
+    first = replica * size
+    return start + first, part[first:first + size]
+
+
 def parts(model, ema, optimizer, reading=False):
     """What this rank writes of it, or reads: {file: [(name, start, flat tensor)]}."""
-    names = {p: name for name, p in model.named_parameters()}
-    files = {part: [(name, *optimizer.extent(x, reading)) for name, x in net.state_dict().items()] for part, net in (("model", model), ("ema", ema))}
-    return {**files, "optimizer": [(f"{names[p]}.{key}", start, x) for p, key, start, x in optimizer.segments()]}
+    files = {part: [(name, *extent(x, optimizer.mesh, reading)) for name, x in net.state_dict().items()] for part, net in (("model", model), ("ema", ema))}
+    files["optimizer"] = [(f"{name}.{key}", *extent(x, optimizer.mesh, reading))
+                          for name, p in model.named_parameters() for key, x in optimizer.state[p].items()]
+    return files
 
 
 def place(tensors):

@@ -120,7 +120,7 @@ class Optim:
     eps: float = 1e-8
     momentum: float = 0.95          # Muon's, with Nesterov
     ns: str = "quintic"             # Newton-Schulz coefficients: "quintic" (Jordan's, five equal steps) or "polar" (Polar Express)
-    ns_dtype: str = "bf16"          # of Newton-Schulz's products, and of updates that replicas send each other; "fp32": slower, to compare ranks
+    ns_dtype: str = "bf16"          # of Newton-Schulz's products, and of what ranks send each other for it; "fp32": slower, to compare ranks
     modulation: str = "muon"        # what trains the adaLN matrices of the blocks: "muon" (as PRX) or "adamw" (a cheaper step)
     split: bool = True              # orthogonalise the pieces of a fused matrix (q, k, v, ...) one by one (PRX does so with the MLP's alone)
     decay: float = 0.0              # decoupled weight decay, of matrices

@@ -186,7 +186,8 @@ def open_prepared(root, config, store=None):
 
 
 def hold_out(files):
-    """Return the limit below which a key is held out: of a share of HELD_OUT, but at least one item, and not all.
+    """Return the limit below which a key is held out: of a share of HELD_OUT, but at least one item, and not
+    all.
 
     It depends on the item's name alone, so a new picture moves no other across. Of a single picture: None.
     """
@@ -282,7 +283,8 @@ class Dataset:
         return self.files[number].path.relative_to(self.part_of[number].store.folder).as_posix()
 
     def rows(self, number):
-        """Return the rows of a file on this side, and the number of each one's shape; those of 64 files are kept."""
+        """Return the rows of a file on this side, and the number of each one's shape; those of 64 files are
+        kept."""
         if number not in self.known_rows:
             if len(self.known_rows) == 64:
                 self.known_rows.pop(next(iter(self.known_rows)))
@@ -496,7 +498,8 @@ def nearest_shape(sizes, shapes):
 
 
 def decode(file, size):
-    """Decode a picture -> uint8 (3, H, W): upright, over white, scaled until it covers `size`, the middle cut out.
+    """Decode a picture -> uint8 (3, H, W): upright, over white, scaled until it covers `size`, the middle cut
+    out.
 
     size: (H, W), or one number for both.
     """
@@ -543,7 +546,8 @@ class Stream:
         return self.order[position - self.start]
 
     def seek(self, position):
-        """Make the window that holds a position; before all files are counted, by counting from the first on."""
+        """Make the window that holds a position; before all files are counted, by counting from the first
+        on."""
         counts = self.dataset.counts[self.files, self.shape]
         epoch = start = 0
         if (counts >= 0).all() and not counts.sum():
@@ -605,7 +609,7 @@ class Stream:
         store = dataset.part_of[window[0]].store
         if store:
             names = [[dataset.name_of(number) for number in numbers] for numbers in (window, coming)]
-            store.hold((dataset.side, self.files[0], self.shape), *names)
+            store.prefetch((dataset.side, self.files[0], self.shape), *names)
 
     def check_room(self, window):
         """Stop if a window does not fit into half of the cache: the other half is for the files that come."""
@@ -621,7 +625,8 @@ class Stream:
 
 @functools.lru_cache(maxsize=8)
 def round_of_turns(seed, weights, r):
-    """Draw round r, of about ROUND turns -> (number of its first turn, whose each is, how many that stream had before).
+    """Draw round r, of about ROUND turns -> (number of its first turn, whose each is, how many that stream
+    had before).
 
     Over k rounds a stream gets its share to the nearest integer, so that rare ones have their turn too.
     """
@@ -699,7 +704,8 @@ def some_captions(dataset, n):
 # Batches
 
 def gather(dataset, choices):
-    """Read items [(item, choice)] -> a batch. In it `bad` and `hits` carry what a loader process found to be broken."""
+    """Read items [(item, choice)] -> a batch. In it `bad` and `hits` carry what a loader process found to be
+    broken."""
     found, captions = zip(*(dataset.get(item, choice) for item, choice in choices))
     if dataset.prepared:
         batch = collate(found, dataset)
@@ -712,7 +718,8 @@ def gather(dataset, choices):
 
 
 def collate(found, dataset):
-    """Stack samples of prepared shards; pad their text to the longest in steps of 8, or to text.length (text.pad)."""
+    """Stack samples of prepared shards; pad their text to the longest in steps of 8, or to text.length
+    (text.pad)."""
     batch = {}
     for key in found[0]:
         if key not in ("text", "length"):
@@ -782,7 +789,8 @@ def batches(dataset, tokenize, config, start_step=0, rank=0, world=1):
 
 
 def fixed_batches(dataset, tokenize, n, micro_batch, rank=0, world=1):
-    """Yield the first n items of a fixed order under their first captions; micro-batch m is rank m % world's."""
+    """Yield the first n items of a fixed order under their first captions; micro-batch m is rank m %
+    world's."""
     by_shape = {}
     for item in first_items(dataset, n):                # one shape per micro-batch
         by_shape.setdefault(dataset.shape_of(item), []).append(item)
@@ -798,7 +806,8 @@ def fixed_batches(dataset, tokenize, n, micro_batch, rank=0, world=1):
 # The command: what is in a set
 
 def describe(train, val):
-    """Say what is read, in a few lines: which files, how many items, from where captions come, three of them."""
+    """Say what is read, in a few lines: which files, how many items, from where captions come, three of
+    them."""
     some = [train.captions(item)[0] for item in first_items(train, 3)]
     held_out = f"{len(val):,} held out"
     if val.files == train.files and train.part_of[0].limit is None:

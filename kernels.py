@@ -1,4 +1,4 @@
-"""The operations that the models and the optimizer are made of, each as the plain PyTorch that defines it.
+"""The operations that the models are made of, each as the plain PyTorch that defines it.
 
 A fused form, where one is worth its lines, stands beside its definition and is chosen here, nowhere else. So far none is:
 `torch.compile` fuses them block by block.
@@ -124,32 +124,6 @@ def text_slots(mask, multiple=8):
     return (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:-(-max(1, int(mask.sum())) // unit) * unit]
 
 
-# Five steps of X <- a X + (b A + c A A) X, A = X X^T. Quintic: Keller Jordan's fixed polynomial, singular values end in
-# about [0.68, 1.13]. Polar: Polar Express (Amsel et al. 2025), the best polynomial for each step, safety factor 1.02.
-NEWTON_SCHULZ = {
-    "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
-    "polar": [(8.156554524902461, -22.48329292557795, 15.878769915207462),
-              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)],
-}
-
-
-def newton_schulz(g, kind="quintic", dtype=torch.bfloat16):
-    """The nearest (semi-)orthogonal matrix to each of a batch, roughly. g (n, rows, cols) -> the same shape, in `dtype`."""
-    x = g.to(dtype)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT                                                                                          # the smaller Gram matrix
-    norm = x.norm(dim=(1, 2), keepdim=True)
-    x = x / (norm + 1e-7 if kind == "quintic" else norm * 1.02 + 1e-6)
-    for a, b, c in NEWTON_SCHULZ[kind]:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # How fast, and how exact
 
@@ -161,7 +135,6 @@ def cases(big, device, dtype):
     ids = torch.rand(b, n, device=device).argsort(1)[:, :k].sort(1).values
     side = int(n ** 0.5)
     table = rope_table(side, side, d, device=device)[ids].unsqueeze(1)                                    # (B, 1, K, D / 2, 2)
-    matrices = 4 if big else 8
     mask = torch.arange(t, device=device) >= torch.arange(b, device=device)[:, None] % l                  # (B, T): some text is padding
     return [
         ("modulate_norm", modulate_norm, (rand(b, k, c), rand(b, c), rand(b, c)), 3, 0),
@@ -172,7 +145,6 @@ def cases(big, device, dtype):
         ("scatter_tokens", scatter_tokens, (rand(b, n, c), rand(b, k, c), ids), 2, 0),
         ("attention, no mask", attention, (rand(b, h, k, d), rand(b, h, t, d), rand(b, h, t, d)), 3, 4 * b * h * k * t * d),
         ("attention, mask", attention, (rand(b, h, k, d), rand(b, h, t, d), rand(b, h, t, d), mask), 3, 4 * b * h * k * t * d),
-        ("newton_schulz", lambda g: newton_schulz(g, dtype=dtype), (rand(matrices, c, c),), 0, 5 * 3 * 2 * matrices * c ** 3),
     ]
 
 
@@ -195,8 +167,7 @@ def main():
         torch.compiler.reset()
         x = [v.requires_grad_(i < grads) for i, v in enumerate(inputs)]
         moved = sum(v.numel() * v.itemsize for v in (*inputs, f(*inputs)))
-        f64 = f if name != "newton_schulz" else lambda g: newton_schulz(g, dtype=torch.float64)
-        exact = f64(*(v.detach().double() if v.is_floating_point() else v for v in inputs))
+        exact = f(*(v.detach().double() if v.is_floating_point() else v for v in inputs))
         both = (f, torch.compile(f, dynamic=False))
         error = [((g(*inputs).double() - exact).norm() / exact.norm()).item() for g in both]
 

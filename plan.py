@@ -13,7 +13,6 @@ models without storage. A training step is three forwards of the denoiser, one o
 which is why no one reaches the peak: --mfu is an assumption, --rate a measurement.
 """
 import math
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -94,7 +93,13 @@ def activations(c, model, tokens):
 
 def grid(replicas, shards):
     """What the optimizer asks of a mesh, of ranks that are not here."""
-    return SimpleNamespace(shape=(replicas, shards), get_coordinate=lambda: (0, 0), get_all_groups=lambda: (None, None))
+    return SimpleNamespace(shape=(replicas, shards))
+
+
+def banks(optimizer):
+    """{(rows, columns, fused pieces): number of such matrices} that Muon has."""
+    params = [p for group in optimizer.param_groups if group["kind"] == "muon" for p in group["params"]]
+    return {(*bank[0].shape, optimizer.pieces(bank[0])): len(bank) for bank in optimizer.banks(params)}
 
 
 def width(c):
@@ -109,18 +114,19 @@ def traffic(c, model, optimizer, micros=1):
     held = {p: -(-p.shape[0] // s) * p.shape[1:].numel() for p in model.parameters()}                     # by a shard: rows, padded
     exact = {*model.align.parameters()} if model.align else {}                                            # gathered as fp32
     size, gathered = sum(held.values()), sum(n * (4 if p in exact else model.dtype.itemsize) for p, n in held.items())
-    away, loads = Counter(), Counter()                                                                    # Muon's: what is not at home; shares of the banks
-    for b in (b for pieces in optimizer.pieces.values() for b in pieces):
-        away[b.home] += b.rows * b.p.shape[1] - optimizer.size(b, b.home[1])
-        for j in range(s):
-            loads[j, tuple(sorted((b.rows, b.p.shape[1]))), b.home[0]] += optimizer.size(b, j)
-    longest = Counter()                                                                                   # by shard: all replicas send as much as the longest
-    for j, bank in {key[:2] for key in loads}:
-        longest[j] += max(loads[j, bank, i] for i in range(r))
-    shares = max(longest.values(), default=0) + sum(-(-n // r) for p, n in held.items() if p not in optimizer.pieces)
+    swapped, updates = 0, 0                                                                               # numbers of Muon's banks: see muon.orthogonalise
+    for (rows, cols, pieces), n in banks(optimizer).items():
+        split = 1
+        if pieces > 1 and n % (r * s):
+            swapped += 2 * n * -(-rows // s) * -(-cols // s) * s                                          # rows for columns, and back
+            n, rows, split = n * pieces, rows // pieces, 2
+        mine = -(-n // r)                                                                                 # of a replica, then of a rank, padded
+        across, along = (rows, cols) if split == 1 else (cols, rows)
+        swapped += 2 * -(-mine // s) * s * -(-across // s) * along
+        updates += mine * (-(-across // s) * along)
     return [("weights", "gather", 2 * micros * (s - 1) * gathered), ("gradients", "scatter", (s - 1) * size * width(c)),
-            ("gradients", "reduce", 2 * (r - 1) / r * size * width(c)), ("momentum", "exchange", max(away.values(), default=0) * (4 + sent)),
-            ("updates", "share", (r - 1) * shares * sent)]
+            ("gradients", "reduce", 2 * (r - 1) / r * size * width(c)), ("momentum", "exchange", (s - 1) / s * swapped * sent),
+            ("updates", "share", (r - 1) * updates * sent)]
 
 
 def seconds(collective, size, replicas, shards, gbps):
@@ -164,11 +170,11 @@ def plan(c, gpus=32, device="h200", mfu=0.4, rate=0.0, price=2.0, tokens=80, gbp
     for name, (cost, frozen) in found.items():
         print(f"  {name:12} {cost / 1e12:8.3f} {cost / step:7.1%}" + (f"   frozen, {frozen / 1e6:,.0f}M parameters" if frozen else ""))
 
-    # memory: fp32 masters and gradients and average everywhere; momentum (Muon) and two moments (AdamW) shared by the ranks
-    own_bytes, state = total * 4 * (3 if c.optim.ema else 2), (groups["muon"] * 4 + groups["adamw"] * 8) / gpus
+    # memory: fp32 masters, gradients and average; momentum (Muon) and two moments (AdamW)
+    own_bytes, state = total * 4 * (3 if c.optim.ema else 2), groups["muon"] * 4 + groups["adamw"] * 8
     frozen = 2 * sum(n for _, n in found.values())
     micro = activations(c, model, tokens) * c.train.micro_batch
-    print(f"\nGiB a GPU    weights, gradients, average {own_bytes / 2 ** 30:.1f}; optimizer {state / 2 ** 30:.1f} (shared by {gpus}); "
+    print(f"\nGiB a GPU    weights, gradients, average {own_bytes / 2 ** 30:.1f}; optimizer {state / 2 ** 30:.1f} (ddp; else a shard's part); "
           f"frozen {frozen / 2 ** 30:.1f}; activations about {micro / 2 ** 30:.1f} (micro-batch {c.train.micro_batch}, compiled blocks; not measured)")
 
     # time
@@ -188,8 +194,9 @@ def plan(c, gpus=32, device="h200", mfu=0.4, rate=0.0, price=2.0, tokens=80, gbp
 traffic: what a GPU sends in a step of m micro-batches; n GPUs are r replicas of s shards: ddp r = n, fsdp s = n, hsdp s = {shards}
   weights    2 m (s-1)/s x {model.dtype.itemsize} bytes a parameter, gathered for each forward and backward and hidden by them (1/3 and 2/3 of the micro-batch)
   gradients  ((s-1)/s + 2 (r-1)/r/s) x {grads} bytes, scattered to the shards, then reduced over the replicas, hidden by the last backward
-  momentum   of Muon's matrices, what is not at home, x (4 + {updates}) bytes: out and back, all-to-all of the shards, busiest rank; not hidden
-  updates    (r-1)/r/s x {updates} bytes, Muon's padded to the longest share, gathered by the replicas; not hidden
+  momentum   of Muon's matrices, 2 (s-1)/s/s/r x {updates} bytes: out and back, all-to-all of the shards; 2 (s-1)/s/s more for fused matrices whose
+             number is no multiple of n, which are taken apart first; padded; not hidden
+  updates    of Muon's matrices, (r-1)/r/s x {updates} bytes, padded to whole matrices, gathered by the replicas; not hidden
 Rings go at the speed of the slowest link: NVLink, {NVLINK / 1e9:.0f} GB/s a GPU, in a node of {NODE}; between nodes {gbps:g} Gb/s for each of a
 node's GPUs in the ring; an all-to-all between nodes at {gbps:g} Gb/s a GPU. All at full speed and without latency: the more GPUs and
 the smaller the messages, the less of this is reached. Efficiency: the share of a step that does not wait for messages.""")

@@ -118,7 +118,8 @@ class Prepared:
 
 
 def prepared(root, config, check_sizes=True):
-    """Open prepared shards -> Prepared. Stops where they are not finished, are damaged, or were made for another recipe."""
+    """Open prepared shards -> Prepared. Stops where they are not finished, are damaged, or were made for
+    another recipe."""
     if not (root / "index.json").is_file():
         fail(f"{root} is not finished: {AGAIN}, it goes on where it was")
     try:

@@ -4,7 +4,8 @@
     python tests/bench_cluster.py --checkpoint              # [--width=1024 --depth=6] the same state by our files and by DCP; stalls of real runs
 
 It runs `train.py` as it is, with the same micro-batch on every rank, and looks at the sockets of each process: the kernel counts what they
-have sent. The formula is that of --plan, except that gloo scatters by reducing all of it, so that a rank sends twice as much.
+have sent. The formula is that of --plan, except that over gloo a rank scatters by reducing all of it, twice as much, and DTensor swaps rows for
+matrices by gathering all of them, as many times as much as there are shards.
 """
 import os
 import sys
@@ -61,7 +62,7 @@ def training(flags):
     def seen_build(c, device, align_dim, world=1):
         model, ema, optimizer = build(c, device, align_dim, world)
         rows = plan.traffic(c, model, optimizer, c.train.batch // c.train.micro_batch // world)
-        found.update(formula=sum(size for *_, size in rows), gloo=sum(size * (2 if how == "scatter" else 1) for _, how, size in rows),
+        found.update(formula=sum(size for *_, size in rows), gloo=sum(size * {"scatter": 2, "exchange": optimizer.shards}.get(how, 1) for _, how, size in rows),
                      parameters=sum(p.numel() for p in model.parameters()))
         return model, ema, optimizer
 
@@ -91,7 +92,6 @@ def checkpoints(flags):
     kinds = {p: ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq") for group in optimizer.param_groups for p in group["params"]}
     state = {"model": model.state_dict(), "ema": ema.state_dict(),
              "optimizer": {f"{name}.{kind}": torch.ones_like(p.detach()) for name, p in model.named_parameters() for kind in kinds[p]}}
-    cluster.snapshot(model, ema, optimizer)                                                               # makes the optimizer's state
     folder, times = Path(c.out), {who: {k: [] for k in ("write", "held", "done", "read")} for who in ("ours", "DCP")}
     watch = cluster.Watch(mine, world, c.train.timeout, device)
     saver = train.Saver(folder / "async", c, None, "", mine, world, dist.new_group(backend="gloo"), watch)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import configs, data
+import configs, data, sources
 from tools import prepare
 
 WORDS = "red green blue apple car dog house tree on a the of and with".split()
@@ -35,6 +35,38 @@ def tars(source, root, each=1000):
         with tarfile.open(root / f"{k:05}.tar", "w") as tar:
             for _, path in group:
                 tar.add(path, path.name)
+
+
+def parquet(source, root, each=1000):
+    """Files of 1,000 rows in row groups of 100, as `datasets` writes pictures."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    root.mkdir()
+    names = sorted(source.glob("*.jpg"))
+    for first in range(0, len(names), each):
+        rows = []
+        for path in names[first:first + each]:
+            rows.append({"image": {"bytes": path.read_bytes(), "path": None}, "text": path.with_suffix(".txt").read_text()})
+        pa.parquet.write_table(pa.Table.from_pylist(rows), root / f"{first:06}.parquet", row_group_size=100)
+
+
+def many(source, root, files=1000, each=10_000):
+    """Tars of ten million items, as far as an index is concerned: all rows of a file show its one picture."""
+    root.mkdir()
+    picture, text = (source / "000000.jpg").read_bytes(), (source / "000000.txt").read_bytes()
+    for k in range(files):
+        path = root / f"{k:05}.tar"
+        with tarfile.open(path, "w") as tar:
+            for name, blob in (("0.jpg", picture), ("0.txt", text)):
+                member = tarfile.TarInfo(name)
+                member.size = len(blob)
+                tar.addfile(member, io.BytesIO(blob))
+        arrays = sources.index_archive(path, "", ["txt"])
+        rows = np.repeat(arrays["rows"], each)
+        rows["key"] = np.random.default_rng(k).integers(0, 2 ** 64, each, dtype=np.uint64)
+        names = "\n".join(f"{i}.jpg" for i in range(each)).encode()
+        made = {**arrays, "rows": rows, "names": np.frombuffer(names, np.uint8)}
+        sources.cached_index(path, ["", "txt"], lambda made=made: made)
 
 
 def hub(root):
@@ -83,6 +115,7 @@ def main():
         home = Path(home)
         with contextlib.redirect_stderr(io.StringIO()):
             pictures(home / "folder", args.n), tars(home / "folder", home / "tars"), hub(home)
+            parquet(home / "folder", home / "parquet")
         flags = ["--config=debug", "--model.size=64", f"--vae={home / 'vae'}", "--latent.factor=8", "--model.channels=16", "--model.patch=1",
                  f"--text={home / 'llama'}", "--text.length=128", "--train.batch=64", "--train.micro_batch=64"]
         for kind in ("folder", "tars"):
@@ -95,7 +128,7 @@ def main():
         for workers in (0, 1, 2):
             print(f"prepare, {workers} workers beside the process that encodes: ", end="", flush=True)
             prepare.main([*flags, f"--data={home / 'tars'}", f"--out={home / f'shards{workers}'}", f"--data.workers={workers}"])
-        for kind, workers in itertools.product(("folder", "tars", "shards0"), (1, 2, 4)):
+        for kind, workers in itertools.product(("folder", "tars", "parquet", "shards0"), (1, 2, 4)):
             n = args.n * (10 if kind == "shards0" else 1)
             seconds, _ = loaded(configs.parse([*flags, f"--data={home / kind}", f"--data.workers={workers}"]), n)
             print(f"{kind:8} {workers} workers: {n / seconds:8.0f} images/s", flush=True)
@@ -103,6 +136,36 @@ def main():
             marks = [args.samples * k // 5 // 64 * 64 for k in range(1, 6)]
             _, found = loaded(configs.parse([*flags, f"--data={home / kind}", "--data.workers=2"]), args.samples, marks)
             print(f"memory of {kind}, 2 workers:", "; ".join(f"{own:.1f} MiB + {files:.1f} of files after {n}" for (own, files), n in zip(found, marks)))
+        undecoded(home)
+        ten_million(home)
+
+
+def undecoded(home):
+    """How fast one process reads pictures and captions in training order, without decoding them: by its own seconds of CPU."""
+    for kind in ("folder", "tars", "parquet"):
+        train, _ = data.load(configs.parse(["--config=debug", f"--data={home / kind}"]))
+        order, n = data.Order(train, 0, 1), 3 * len(train)
+        begin = time.process_time()
+        for position in range(n):
+            number, row = order.at(position).tolist()
+            train.file(number).captions(row)
+            train.file(number).picture(row)
+        print(f"{kind:8} undecoded: {n / (time.process_time() - begin):8.0f} images per second of CPU")
+
+
+def ten_million(home):
+    """Start and memory with an index of ten million items, over an epoch of which each 50,000th run of twenty is read."""
+    many(home / "folder", home / "many")
+    begin = time.perf_counter()
+    train, _ = data.load(configs.parse(["--config=debug", f"--data={home / 'many'}", "--model.size=32"]))
+    print(f"ten million items: {len(train):,} to train on after {time.perf_counter() - begin:.1f} s")
+    order = data.Order(train, 0, 1)
+    for place in range(0, len(train) - 20, len(train) // 200):
+        for position in range(place, place + 20):
+            train.get(order.at(position), position)
+        if place // (len(train) // 200) % 40 == 0:
+            own, files = memory()
+            print(f"    {own:.0f} MiB + {files:.0f} of files at item {place:,}")
 
 
 if __name__ == "__main__":

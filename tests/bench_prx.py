@@ -25,6 +25,7 @@ from dataclasses import replace
 import torch
 
 import configs
+import plan
 import pretrained
 import train
 from model import flops
@@ -117,9 +118,9 @@ def parts(a, folder):
 def newton_schulz_flops(optimizer):
     """Five times X X^T, (X X^T)^2 and the product with X, of every piece."""
     total = 0
-    for piece in (piece for found in optimizer.pieces.values() for piece in found):
-        m, n = sorted((piece.rows, piece.p.shape[1]))
-        total += 5 * (2 * m * m * n + 2 * m * m * m + 2 * m * m * n)
+    for (rows, cols, pieces), count in plan.banks(optimizer).items():
+        m, n = sorted((rows // pieces, cols))
+        total += count * pieces * 5 * (2 * m * m * n + 2 * m * m * m + 2 * m * m * n)
     return total
 
 

@@ -65,8 +65,6 @@ def test_operations_and_their_gradients_equal_float64s(dtype, bound):
     """(fp32 products may use TF32.)"""
     torch.manual_seed(0)
     for name, f, inputs, grads, _ in kernels.cases(False, GPU, dtype):
-        if name == "newton_schulz":                                                                       # bf16 amplifies: it has its own test
-            continue
         exact = [v.detach().cpu().double() if v.is_floating_point() else v.cpu() for v in inputs]
         for g in (f, torch.compile(f)):
             x, y = ([v.detach().requires_grad_(i < grads) for i, v in enumerate(values)] for values in (inputs, exact))

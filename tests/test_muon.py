@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import configs
-import kernels
 import muon
 from model import Denoiser
 
@@ -46,11 +47,15 @@ def group(params, kind="muon", lr=0.02, decay=0.1):
     return dict(params=params, kind=kind, base_lr=lr, decay=decay)
 
 
+def make(groups, mesh=None, **options):
+    return muon.Muon(groups, replace(configs.Optim(), **options), mesh)
+
+
 @pytest.mark.parametrize("scale, torchs", [("rms", "match_rms_adamw"), ("spectral", "original")])
 def test_muon_equals_torch_optim_muon(scale, torchs):
     """torch's multiplies in bf16, one matrix at a time; ours does the same products in batches, in the same order."""
     ours, theirs = same()
-    drive(ours, theirs, muon.Muon([group(ours)], scale=scale), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=torchs))
+    drive(ours, theirs, make([group(ours)], scale=scale), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=torchs))
     for a, b, start in zip(ours, theirs, same()[0]):
         moved = (b - start).abs().max()
         assert moved > (0.05 if scale == "rms" else 0.01) and (a - b).abs().max() < 0.03 * moved, (a - b).abs().max() / moved
@@ -70,7 +75,7 @@ def exact_step(w, m, g, lr, decay, mu=0.95):
 def test_muon_equals_the_formula_in_float64(split):
     shapes = [(96, 32), (32, 96), (64, 32)]
     ours, _ = same(shapes, pieces=2)
-    opt = muon.Muon([group(ours)], ns_dtype=torch.float32, split=split)
+    opt = make([group(ours)], ns_dtype="fp32", split=split)
     k = 2 if split else 1
     reference = [[(piece.double(), torch.zeros_like(piece).double()) for piece in p.detach().clone().chunk(k)] for p in ours]
     g = torch.Generator().manual_seed(1)
@@ -86,7 +91,7 @@ def test_muon_equals_the_formula_in_float64(split):
 def test_the_update_is_as_large_as_adamws():
     ours, _ = same([(256, 256), (768, 256), (256, 896)])
     before = [p.detach().clone() for p in ours]
-    drive(ours, ours, muon.Muon([group(ours, lr=1.0, decay=0.0)]), torch.optim.SGD(ours, 0.0), steps=1)
+    drive(ours, ours, make([group(ours, lr=1.0, decay=0.0)]), torch.optim.SGD(ours, 0.0), steps=1)
     for p, b in zip(ours, before):
         assert 0.16 < (p - b).square().mean().sqrt() < 0.21                     # prx.md: 0.181 to 0.186 at PRX's shapes
 
@@ -96,24 +101,24 @@ def test_first_nesterov_step_is_0975_of_the_gradient(monkeypatch):
     monkeypatch.setattr(muon, "newton_schulz", lambda x, *_: seen.append(x) or torch.zeros_like(x))
     p = nn.Parameter(torch.zeros(4, 4))
     p.grad = torch.randn(4, 4)
-    muon.Muon([group([p])]).step()
+    make([group([p])]).step()
     torch.testing.assert_close(seen[0][0], 0.0975 * p.grad)
 
 
 def test_matrices_of_one_shape_are_one_batch(monkeypatch):
     seen = []
     monkeypatch.setattr(muon, "newton_schulz", lambda x, *_: seen.append(tuple(x.shape)) or torch.zeros_like(x))
-    ours, _ = same([(96, 32), (32, 96), (96, 32), (32, 32)])
-    ours[0].pieces = 3
+    ours, _ = same([(96, 32), (32, 96), (96, 32), (32, 32), (96, 32)])
+    ours[0].pieces = ours[2].pieces = 3
     for p in ours:
         p.grad = torch.ones_like(p)
-    muon.Muon([group(ours)]).step()
-    assert sorted(seen) == [(2, 32, 96), (4, 32, 32)]                           # q, k, v and the square; a tall one beside a wide one
+    make([group(ours)]).step()
+    assert sorted(seen) == [(1, 32, 32), (1, 32, 96), (1, 96, 32), (6, 32, 32)]                           # the last: q, k and v of two
 
 
 def test_adamw_equals_torch_optim_adamw():
     ours, theirs = same([(7, 5), (9,), ()])
-    drive(ours, theirs, muon.Muon([group(ours, "adamw", lr=1e-2)], beta1=0.9, beta2=0.95, eps=1e-8),
+    drive(ours, theirs, make([group(ours, "adamw", lr=1e-2)], beta1=0.9, beta2=0.95, eps=1e-8),
           torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -126,45 +131,82 @@ def test_singular_values_end_near_one(kind, low, high):
     u, _, v = torch.linalg.svd(random, full_matrices=False)
     skewed = u * torch.logspace(0, -2, 48) @ v                                  # condition number 100
     for x in (random, skewed, skewed.mT):
-        s = torch.linalg.svdvals(kernels.newton_schulz(x, kind, torch.float32))
+        s = torch.linalg.svdvals(muon.newton_schulz(x, kind, torch.float32))
         assert low < s.min() and s.max() < high, (s.min(), s.max())
 
 
+class NeverRead(TorchDispatchMode):
+    """No value of a tensor may reach the host, which on a GPU would have to wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_never_read_sees_a_host_that_waits():
+    for wait in (lambda x: x.item(), lambda x: bool(x > 0), lambda x: torch.ones(2).add_(torch.ones(2), alpha=x)):
+        with pytest.raises(AssertionError, match="_local_scalar_dense|is_nonzero"), NeverRead():
+            wait(torch.ones(()))
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    for device_side in (False, True):                                           # the second path is the GPU's
+    for bad in (math.nan, math.inf, -math.inf):
         ours, _ = same([(8, 8), (8,)])
-        opt = muon.Muon([group(ours[:1]), group(ours[1:], "adamw")])
+        opt = make([group(ours[:1]), group(ours[1:], "adamw")])
         for p in ours:
             p.grad = torch.randn_like(p)
         opt.step(skip=torch.zeros(()))
         before = [p.detach().clone() for p in ours], [v.clone() for s in opt.state.values() for v in s.values()]
         for p in ours:
-            p.grad = torch.full_like(p, math.nan)
-        if device_side:
-            with torch.no_grad():
-                opt.muon(ours[:1], 0.02, 0.1, torch.ones(()))
-                opt.adamw(ours[1:], 0.02, 0.1, torch.ones(()))
-        else:
+            p.grad = torch.full_like(p, bad)
+        with NeverRead():
             opt.step(skip=torch.ones(()))
         after = [p.detach() for p in ours], [v for s in opt.state.values() for v in s.values()]
         assert all(torch.equal(a, b) for x, y in zip(before, after) for a, b in zip(x, y))
 
 
+@pytest.mark.parametrize("scale", ["rms", "spectral"])
+def test_a_step_that_may_be_skipped_and_is_not_is_the_same_to_the_bit(scale):
+    (ours, theirs), (a, b) = same(pieces=1), same([(8,), (7, 5)])
+    drive([*ours, *a], [*theirs, *b], make([group(ours), group(a, "adamw")], scale=scale), make([group(theirs), group(b, "adamw")], scale=scale), 2)
+    assert all(torch.equal(p, q) for p, q in zip([*ours, *a], [*theirs, *b]))
+    first, second = make([group(ours), group(a, "adamw")], scale=scale), make([group(theirs), group(b, "adamw")], scale=scale)
+    for p, q in zip([*ours, *a], [*theirs, *b]):
+        p.grad, q.grad = torch.ones_like(p) / 3, torch.ones_like(p) / 3
+    first.step(), second.step(skip=torch.zeros(()))
+    assert all(torch.equal(p, q) for p, q in zip([*ours, *a], [*theirs, *b]))
+
+
 def test_saved_and_loaded_it_goes_on_bit_for_bit():
     a, b = same([(8, 8), (8, 4), (8,)])
-    make = lambda ps: muon.Muon([group(ps[:2]), group(ps[2:], "adamw")])
-    first = make(a)
+    build = lambda ps: make([group(ps[:2]), group(ps[2:], "adamw")])
+    first = build(a)
     drive(a, b, first, torch.optim.SGD(b, 0.0), steps=3)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     copies = [nn.Parameter(p.detach().clone()) for p in a]
-    second = make(copies)
+    second = build(copies)
     second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     for p, q in zip(a, copies):
         p.grad = torch.ones_like(p) / 3
         q.grad = p.grad.clone()
     first.step(), second.step()
     assert all(torch.equal(p, q) for p, q in zip(a, copies))
+
+
+def test_distributed_checkpoint_knows_its_state_by_name():
+    c = configs.debug
+    models = [Denoiser(c) for _ in range(2)]
+    first, second = (muon.build(model, c.optim) for model in models)
+    for p in models[0].parameters():
+        p.grad = torch.randn_like(p)
+    first.step()
+    found = get_optimizer_state_dict(models[0], first)
+    assert set(found["state"]) == {name for name, _ in models[0].named_parameters()}
+    assert found["state"]["blocks.0.qkv.weight"]["momentum"].shape == models[0].blocks[0].qkv.weight.shape
+    set_optimizer_state_dict(models[1], second, found)
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        assert first.state[p].keys() == second.state[q].keys() and all(torch.equal(v, second.state[q][k]) for k, v in first.state[p].items())
 
 
 def test_groups_of_the_model():
@@ -207,7 +249,7 @@ def test_a_parameter_in_two_groups_is_refused():
 
 def test_without_gradient_nothing_moves():
     ours, _ = same([(8, 8), (8, 8), (8,)])
-    opt = muon.Muon([group(ours[:2]), group(ours[2:], "adamw")])
+    opt = make([group(ours[:2]), group(ours[2:], "adamw")])
     before = [p.detach().clone() for p in ours]
     opt.step()                                                                  # none has one: frozen, or after zero_grad
     ours[0].grad = torch.ones(8, 8)
@@ -219,7 +261,7 @@ def test_it_solves_a_least_squares_problem():
     g = torch.Generator().manual_seed(0)
     x, truth = torch.randn(256, 16, generator=g), torch.randn(16, 16, generator=g)
     w = nn.Parameter(torch.zeros(16, 16))
-    opt = muon.Muon([group([w], lr=0.1, decay=0.0)])
+    opt = make([group([w], lr=0.1, decay=0.0)])
     losses = []
     for i in range(200):
         opt.zero_grad()
@@ -234,13 +276,14 @@ def test_it_solves_a_least_squares_problem():
 # Many ranks: pytest starts four processes of this file, which check every grid of up to four ranks
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2)]        # replicas, shards: ddp (n, 1), fsdp (1, n), hsdp (2, 2)
-MATRICES, REST = [((96, 32), 3), ((32, 96), 1), ((32, 32), 1), ((21, 50), 3), ((2, 32), 2), ((32, 32), 1)], [(7, 5), (9,), (1,), (64, 3)]
+MATRICES = [((96, 32), 3), ((32, 96), 1), ((32, 32), 1), ((21, 50), 3), ((21, 50), 3), ((2, 32), 2), ((32, 32), 1), ((96, 32), 3)]       # shape, pieces
+REST = [(7, 5), (9,), (1,), (64, 3)]
 
 
 def optimizer(params, mesh=None):
     for p, (_, pieces) in zip(params, MATRICES):
         p.pieces = pieces
-    return muon.Muon([group(params[:len(MATRICES)]), group(params[len(MATRICES):], "adamw", 1e-2)], ns_dtype=torch.float32, mesh=mesh)
+    return make([group(params[:len(MATRICES)]), group(params[len(MATRICES):], "adamw", 1e-2)], ns_dtype="fp32", mesh=mesh)
 
 
 def check_grid(replicas, shards):
@@ -255,6 +298,7 @@ def check_grid(replicas, shards):
     spread = lambda v: distribute_tensor(v, mesh, [Replicate(), Shard(0)], src_data_rank=None) if shards > 1 else v.clone()
     params = [nn.Parameter(spread(v)) for v in start]
     many = optimizer(params, mesh)
+    full = lambda x: x.detach().full_tensor() if shards > 1 and x.ndim else x.detach()
     for k, grads in enumerate(steps):
         for p, q, v in zip(alone, params, grads):
             p.grad, q.grad = v.clone(), spread(v)
@@ -263,63 +307,24 @@ def check_grid(replicas, shards):
         muon.newton_schulz = lambda x, *args: seen.append((len(x), *x.shape[1:])) or original(x, *args)
         many.step(skip=torch.tensor(float(k == 2)))
         muon.newton_schulz = original
-        if k != 2:                                                              # every piece is orthogonalised once, by someone
-            told = [None] * replicas * shards
-            dist.all_gather_object(told, (sum(n for n, *_ in seen), sum(n * r * r * (2 * c + r) for n, r, c in seen)), everyone)
-            assert sum(n for n, _ in told) == sum(pieces for _, pieces in MATRICES)
-            assert max(f for _, f in told) <= max(sum(f for _, f in told) / len(told) * 1.35, 32 * 32 * 96)
+        told = [None] * replicas * shards
+        dist.all_gather_object(told, seen, everyone)                            # the banks of each rank, in the same order
+        counts = [[n for n, _, _ in bank] for bank in zip(*told, strict=True)]
+        assert sum(map(sum, counts)) == sum(pieces for _, pieces in MATRICES)   # every piece is orthogonalised once, by someone
+        assert all(max(bank) <= -(-sum(bank) // len(told)) for bank in counts)  # and nobody has two before all have one
     for p, q in zip(alone, params):
-        full = q.detach().full_tensor() if shards > 1 else q.detach()
-        assert (full - p).abs().max() <= 1e-6, (replicas, shards, (full - p).abs().max())
-    for p, q in zip(alone, params):                                             # every number of the state is kept once, in its place
-        names = [n for n in single.state[p] if n != "step"]
-        for name in names:
-            found = torch.stack([torch.zeros(p.numel()), torch.zeros(p.numel())])
-            for r, n, at, x in many.segments():
-                if r is q and n == name:
-                    found[:, at:at + len(x)] += torch.stack([x, torch.ones(len(x))])
-            dist.all_reduce(found, group=everyone)
-            whole = torch.zeros(p.numel())
-            for r, n, at, x in single.segments():
-                if r is p and n == name:
-                    whole[at:at + len(x)] = x
-            assert (found[1] == 1).all() and (found[0] - whole).abs().max() <= 1e-6 and whole.abs().max() > 0
-    assert sum(x.numel() for s in many.state.values() for k, x in s.items() if k != "step") <= sum(p.numel() * 2 for p in alone) / replicas / shards + 3000
-
-
-def check_rounded(replicas, shards):
-    """AdamW with changes that travel as bf16: each step adds the rounded change, everywhere the same."""
-    g = torch.Generator().manual_seed(0)
-    draw = lambda: [torch.randn(s, generator=g) for s in REST]
-    start, steps, adamw = draw(), [draw() for _ in range(30)], lambda params, mesh=None: muon.Muon([group(params, "adamw", 1e-2)], mesh=mesh)
-    alone = [nn.Parameter(v.clone()) for v in start]
-    mesh, everyone = DeviceMesh("cpu", torch.arange(replicas * shards).view(replicas, shards)), dist.new_group(range(replicas * shards))
-    if dist.get_rank() >= replicas * shards:
-        return
-    spread = lambda v: distribute_tensor(v, mesh, [Replicate(), Shard(0)], src_data_rank=None) if shards > 1 else v.clone()
-    full = lambda q: q.detach().full_tensor() if shards > 1 else q.detach()
-    params = [nn.Parameter(spread(v)) for v in start]
-    single, many, path = adamw(alone), adamw(params, mesh), [torch.zeros_like(v) for v in start]
-    for k, grads in enumerate(steps):
-        before = [p.detach().clone() for p in alone]
-        for p, q, v in zip(alone, params, grads):
-            p.grad, q.grad = v.clone(), spread(v)
-        single.step(skip=torch.tensor(float(k == 2)))
-        many.step(skip=torch.tensor(float(k == 2)))
-        path = [a + (p.detach() - b).abs() for a, p, b in zip(path, alone, before)]
-        if k == 0:                                          # by definition
-            assert all(torch.equal(full(q), b + (p.detach() - b).bfloat16()) for p, q, b in zip(alone, params, before))
-    apart = [(full(q) - p.detach()).abs() for p, q in zip(alone, params)]
-    assert all((a <= 2 ** -9 * way + 1e-6).all() for a, way in zip(apart, path)) and max(a.max() for a in apart) > 0
-    dist.all_gather_object(told := [None] * replicas * shards, [full(q) for q in params], everyone)
-    assert all(torch.equal(a, b) for other in told for a, b in zip(told[0], other))
+        assert (full(q) - p).abs().max() <= 1e-6, (replicas, shards, (full(q) - p).abs().max())
+        for name, x in single.state[p].items():                                 # the state lies as its parameter
+            y = many.state[q][name]
+            assert (full(y) - x).abs().max() <= 1e-6 and x.abs().max() > 0
+            assert name == "step" or shards == 1 or y.placements == q.placements
 
 
 def test_on_any_grid_of_ranks_it_equals_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", __file__]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS) + 3, done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("equal") == len(GRIDS), done.stderr[-3000:]
 
 
 if __name__ == "__main__":
@@ -329,11 +334,6 @@ if __name__ == "__main__":
         dist.barrier()
         if dist.get_rank() == 0:
             print(grid, "equal", flush=True)
-    for grid in [(2, 1), (3, 1), (2, 2)]:
-        check_rounded(*grid)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(grid, "rounded, equal", flush=True)
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)

@@ -62,22 +62,22 @@ def test_messages_by_hand(capsys):
         want = [m, *gb, 1000 * step, ms, waiting, 100 * step / (step + waiting / 1000)]
         assert all(abs(a - b) <= 0.006 * max(1, b) + 0.05 * (k > 4) for k, (a, b) in enumerate(zip(found, want, strict=True))), (line, want)
     same("ddp", 1, 32, (0, 0, 0, 0), 0, 0)
-    same("ddp", 8, 4, (0, 2 * 7 / 8 * 2 * P / 1e9, 0, 7 / 8 * 2 * P / 1e9), 3 * 7 / 8 * 2 * P / 450e6, 7 / 8 * 2 * P / 450e6)
-    same("ddp", 32, 1, (0, 2 * 31 / 32 * 2 * P / 1e9, 0, 31 / 32 * 2 * P / 1e9), 3 * 31 / 32 * 2 * P / 400e6, 31 / 32 * 2 * P / 400e6)
+    same("ddp", 8, 4, (0, 2 * 7 / 8 * 2 * P / 1e9, 0, 0), 2 * 7 / 8 * 2 * P / 450e6, 0)
+    same("ddp", 32, 1, (0, 2 * 31 / 32 * 2 * P / 1e9, 0, 0), 2 * 31 / 32 * 2 * P / 400e6, 0)
     same("fsdp", 32, 1, (2 * 31 / 32 * 2 * P / 1e9, 31 / 32 * 2 * P / 1e9, 0, 0), 3 * 31 / 32 * 2 * P / 400e6, 0)
     # hsdp: of 8 shards in a node over NVLink, then 4 replicas of an eighth, each over its own 50 GB/s
     node, replica = 7 / 8 * 2 * P, 3 / 4 * 2 * P / 8
-    same("hsdp", 32, 1, (2 * node / 1e9, (node + 2 * replica) / 1e9, 0, replica / 1e9), 3 * node / 450e6 + 3 * replica / 50e6, replica / 50e6)
+    same("hsdp", 32, 1, (2 * node / 1e9, (node + 2 * replica) / 1e9, 0, 0), 3 * node / 450e6 + 2 * replica / 50e6, 0)
     # a slow network, 8 x 1.25 GB/s: a forward takes 1/3 of a step of 640 ms, the backward that hides a gather and the gradients 2/3
     slow = 31 / 32 * 2 * P / 10e6
-    same("ddp", 32, 1, (0, 2 * 31 / 32 * 2 * P / 1e9, 0, 31 / 32 * 2 * P / 1e9), 3 * slow, 2 * slow - 640 * 2 / 3 + slow, plans[10])
+    same("ddp", 32, 1, (0, 2 * 31 / 32 * 2 * P / 1e9, 0, 0), 2 * slow, 2 * slow - 640 * 2 / 3, plans[10])
     same("fsdp", 32, 1, (2 * 31 / 32 * 2 * P / 1e9, 31 / 32 * 2 * P / 1e9, 0, 0), 3 * slow, slow - 640 / 3 + 2 * slow - 640 * 2 / 3, plans[10])
     assert ("hsdp", 8) not in out and "--train.micro_batch=8" in out["ddp", 256][1]
     assert all("below 95%" not in out[mode, 32][1] for mode in ("ddp", "fsdp", "hsdp"))
 
 
 def test_what_muon_sends_by_hand():
-    """Four blocks, each with two matrices of Muon: 6 x 2 in three pieces that are homed one by one, and 4 x 4."""
+    """Four blocks, each with two matrices of Muon: 6 x 2, in which three are fused, and 4 x 4."""
     pair = lambda: torch.nn.ModuleDict({"a": torch.nn.Linear(2, 6), "b": torch.nn.Linear(4, 4)})
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(pair() for _ in range(4))})
     model.align, model.dtype = None, torch.bfloat16
@@ -88,19 +88,23 @@ def test_what_muon_sends_by_hand():
         c = replace(configs.debug, optim=replace(configs.debug.optim, ns_dtype=options.get("ns", "bf16")),
                     train=replace(configs.debug.train, reduce=options.get("reduce", "fp32")))
         return {(what, how): size for what, how, size in plan.traffic(c, model, muon.build(model, c.optim, plan.grid(r, s)), options.get("micros", 1))}
-    # 4 x (12 + 16) of Muon's, 4 x (6 + 4) of AdamW's; over 2 and 4 replicas the twelve pieces (2, 2) and four (4, 4) are shared evenly
+    # 4 x (12 + 16) of Muon's, 4 x (6 + 4) of AdamW's; over 2 and 4 replicas the four of each shape are shared evenly
     for r, kept in ((2, 1 / 2), (4, 3 / 4)):
-        adamw = kept * r * 4 * (-(-6 // r) + -(-4 // r))
         assert found(r, 1) == {("weights", "gather"): 0, ("gradients", "scatter"): 0, ("gradients", "reduce"): 2 * kept * 152 * 4, ("momentum", "exchange"): 0,
-                               ("updates", "share"): (kept * 112 + adamw) * 2}
-    assert found(4, 1, reduce="bf16")["gradients", "reduce"] == 2 * 3 / 4 * 152 * 2 and found(2, 1, ns="fp32")["updates", "share"] == (56 + 20) * 4
-    # three replicas: of four (4, 4) one has two, so all send two; it has none of twelve (2, 2), the others six each: less work
-    assert found(3, 1)["updates", "share"] == 2 * (2 * 16 + 6 * 4 + 4 * (2 + 2)) * 2
+                               ("updates", "share"): kept * 112 * 2}
+    assert found(4, 1, reduce="bf16")["gradients", "reduce"] == 2 * 3 / 4 * 152 * 2 and found(2, 1, ns="fp32")["updates", "share"] == 56 * 4
+    # three replicas: of four (4, 4) one has two, so all send two; the twelve (2, 2) are taken apart, four for each
+    assert found(3, 1)["updates", "share"] == 2 * (2 * 16 + 4 * 4) * 2
     # two shards hold rows 0 to 2 and 3 to 5 of a fused one, two and two of a (4, 4)
     shards = found(1, 2, micros=3)
     assert shards["weights", "gather"] == 3 * 2 * 76 * 2 and shards["gradients", "scatter"] == 76 * 4 and shards["updates", "share"] == 0
-    # homes alternate. A (4, 4) lacks 8 numbers at home; of each fused one the middle piece lacks 2, and one of the others, homed away, all 4
-    assert shards["momentum", "exchange"] == (2 * 8 + 2 * 2 + 2 * 4) * (4 + 2)
+    # each sends half of what it holds, out and back
+    assert shards["momentum", "exchange"] == 2 * (4 * 3 * 2 + 4 * 2 * 4) / 2 * 2
+    # three shards hold two rows of each. (4, 4): of six, two of them padding. (6, 2): rows for columns, padded to three; then twelve (2, 1) for four (2, 2)
+    assert found(1, 3)["momentum", "exchange"] == 2 * (6 * 2 * 4 + 4 * 2 * 3 + 12 * 2 * 1) * 2 / 3 * 2
+    # two replicas of two shards: each replica takes two of the four, whole
+    grid = found(2, 2)
+    assert grid["momentum", "exchange"] == 2 * (2 * 3 * 2 + 2 * 2 * 4) / 2 * 2 and grid["updates", "share"] == (2 * 3 * 2 + 2 * 2 * 4) * 2
     model.align = torch.nn.Linear(3, 2)                                         # gathered as fp32
     assert found(1, 2)["weights", "gather"] == 2 * (76 * 2 + 4 * 4)
 

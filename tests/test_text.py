@@ -322,30 +322,31 @@ def test_a_recipes_prompts_are_for_its_own_data_and_given_ones_for_any(argv, who
     assert configs.parse([*argv.split(), typed]).sample.prompts == configs.emoji.sample.prompts
 
 
-class Captions:
-    """In a data set's place."""
-
-    def __init__(self, *captions):
-        self.captions = [[caption, "another"] for caption in captions]
-
-    def __len__(self):
-        return len(self.captions)
+def opened(folder, n):
+    """Open a folder of n captioned pictures: (config, training set, validation set)."""
+    config = configs.parse(["--config=debug", f"--data={pictures(folder, [f'lake {i}' for i in range(n)])}"])
+    return config, *data.load(config)
 
 
-@pytest.mark.parametrize("n, want", [
-    (1, [0]), (3, [0, 1, 2]), (8, [*range(8)]), (9, [*range(8)]), (800, [*range(0, 800, 100)]),
-])
-def test_without_prompts_held_out_captions_are_drawn_from_all_over_the_set(n, want):
-    held_out = Captions(*(f"held out {i}" for i in range(n)))
-    assert train.grid_prompts(configs.debug, Captions("trained"), held_out) == [f"held out {i}" for i in want]
+def held_out_captions(held_out):
+    return {caption for item in held_out.items() for caption in held_out.captions(item)}
 
 
-def test_a_set_without_held_out_captions_draws_its_own_and_given_prompts_win():
-    assert train.grid_prompts(configs.debug, Captions("the only one"), Captions()) == ["the only one"]
-    given = replace(configs.debug, sample=replace(configs.debug.sample, prompts=" a lake ||a hill| "))
-    assert train.grid_prompts(given, Captions("x"), Captions("y")) == ["a lake", "a hill"]
-    blank = replace(configs.debug, sample=replace(configs.debug.sample, prompts=" | "))
-    assert train.grid_prompts(blank, Captions("x"), Captions("y")) == ["y"]
+@pytest.mark.parametrize("n", [2, 40, 400])
+def test_without_prompts_held_out_captions_are_drawn(n, tmp_path):
+    config, train_set, held_out = opened(tmp_path / "set", n)
+    prompts = train.grid_prompts(config, train_set, held_out)
+    assert len(prompts) == len(set(prompts)) == min(8, len(held_out)) and set(prompts) <= held_out_captions(held_out)
+    assert prompts == train.grid_prompts(config, train_set, held_out)
+
+
+def test_of_one_picture_its_own_caption_is_drawn_and_given_prompts_win(tmp_path):
+    config, train_set, held_out = opened(tmp_path / "set", 1)
+    assert train.grid_prompts(config, train_set, held_out) == ["lake 0"]
+    given = replace(config, sample=replace(config.sample, prompts=" a lake ||a hill| "))
+    assert train.grid_prompts(given, train_set, held_out) == ["a lake", "a hill"]
+    blank = replace(config, sample=replace(config.sample, prompts=" | "))
+    assert train.grid_prompts(blank, train_set, held_out) == ["lake 0"]
 
 
 def test_a_run_on_own_pictures_draws_their_captions_and_says_how_to_draw_more(tmp_path):
@@ -356,7 +357,7 @@ def test_a_run_on_own_pictures_draws_their_captions_and_says_how_to_draw_more(tm
     said = run_train(tmp_path / "my run", *args)
     held_out = data.load(configs.parse(args))[1]
     drawn = (tmp_path / "my run" / "prompts.txt").read_text().splitlines()
-    assert drawn and set(drawn) <= {text for texts in held_out.captions for text in texts}
+    assert drawn and set(drawn) <= held_out_captions(held_out)
     page = unescape((tmp_path / "my run" / "index.html").read_text())
     assert f"Samples for: {'; '.join(drawn)}" in page
     assert "yellow background" not in page.partition("Config</h2>")[0]

@@ -129,7 +129,7 @@ def prepare(options, config):
     write_index(root, plan, config, train.bad, rank)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The plan, and what is there of it
 
 def plan_shards(dataset, split, size):
@@ -180,7 +180,7 @@ def finished_record(root, shard):
     return record
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Pictures and captions -> tensors
 
 class Decoder(torch.utils.data.Dataset):
@@ -315,7 +315,7 @@ def offsets(counts):
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts).cumsum(0)])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Tensors -> files
 
 def write_shard(root, shard, tensors, bad):
