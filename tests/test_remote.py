@@ -288,7 +288,7 @@ def test_one_spelling_and_another(web, environment, tmp_path):
 
 @pytest.mark.parametrize("kind", ["s3", "http"])
 def test_with_loader_processes(kind, web, s3, environment, local, tmp_path):
-    """Processes that were forked from one that talks to a store, and throw away their copies of its connections:
+    """Processes forked from one that talks to a store, which throw away their copies of its connections:
     no hang, the same order."""
     source = Store(kind, s3 if kind == "s3" else web, "tars").source
     done = reader(0, 18, source, "--data.workers=2", env=environment, cwd=tmp_path).wait(40)

@@ -652,8 +652,8 @@ LIMITS = {"tokenizer": (LIMIT, 64, 32), "positions": (None, LIMIT, 32)}
 
 @pytest.mark.parametrize("kind", LIMITS)
 def test_a_caption_longer_than_the_encoder_reads_is_said(kind, tmp_path):
-    """With the number of tokens that are read: the tokenizer's limit or, if it has none, the model's positions.
-    A prompt as a caption; and what fits is no news."""
+    """With the number of tokens that are read: the tokenizer's limit or, if it has none, the model's
+    positions. A prompt as a caption; and what fits is no news."""
     limit, positions, length = LIMITS[kind]
     encoder = small_encoder(tmp_path / "encoder", limit, positions)
     flags = [f"--text={encoder}", f"--text.length={length}", "--text.dim=0"]
