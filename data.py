@@ -17,6 +17,7 @@ among as many of them as make 256 MB. There is no state to save: to resume is to
     item: (number of a file, row in it)
 """
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -763,10 +764,14 @@ def finish(batch, dataset, tokenize):
     return batch
 
 
-def ignore_signals(_):
-    """Let loader processes outlive Ctrl-C, which reaches them too, until the main process has saved."""
+def begin_loader(_):
+    """Prepare a loader process: it outlives Ctrl-C, which reaches it too, until the main process has saved.
+
+    What it was forked with is never collected in it: finalizers would close connections that it shares with that one.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()
 
 
 def batches(dataset, tokenize, config, start_step=0, rank=0, world=1):
@@ -782,7 +787,7 @@ def batches(dataset, tokenize, config, start_step=0, rank=0, world=1):
     loader = torch.utils.data.DataLoader(
         AtPositions(dataset), batch_size=None, num_workers=config.data.workers, multiprocessing_context=context,
         sampler=micro_batches(dataset, config, start_step, rank, world),
-        worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=begin_loader, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())                    # or it would draw from the global one
     for batch in loader:
         yield finish(batch, dataset, tokenize)

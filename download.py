@@ -146,6 +146,9 @@ def is_read(file, folder, suffixes):
 # ----------------------------------------------------------------------------------------------------
 # Through a cache
 
+FILESYSTEMS = {}                # {(process, URL): (file system, root)}
+
+
 class Store:
     """Files behind a URL, fetched whole into a folder of bounded size that the machine's processes share.
 
@@ -180,16 +183,20 @@ class Store:
     # What lies in the store
 
     def filesystem(self):
-        """Return (fsspec's file system, the root in it).
+        """Return (fsspec's file system, the root in it), one for each process.
 
-        fsspec keeps one for each process: a fork must not share it.
+        Those of the process that a loader was forked from stay in the loader, too: if they were collected
+        there, they would close connections that both share.
         """
-        try:
-            return fsspec.core.url_to_fs(self.url.partition("{")[0])
-        except ImportError as error:
-            fail(f"{self.url} needs a package: {error}")
-        except ValueError as error:
-            fail(f"{self.url}: {reason(error)}")
+        key = os.getpid(), self.url
+        if key not in FILESYSTEMS:
+            try:
+                FILESYSTEMS[key] = fsspec.core.url_to_fs(self.url.partition("{")[0])
+            except ImportError as error:
+                fail(f"{self.url} needs a package: {error}")
+            except ValueError as error:
+                fail(f"{self.url}: {reason(error)}")
+        return FILESYSTEMS[key]
 
     def listing(self):
         """Return {name: bytes} of the files, listed once and kept."""
