@@ -398,6 +398,9 @@ def parse(argv, default="emoji"):
         if not arg.startswith("--"):
             fail(f"arguments look like --key=value, not {arg!r}; see --help")
         pairs.append((arg[2:] if "=" in arg else arg[2:] + "=yes").split("=", 1))                         # --wandb is --wandb=yes
+    sources = {text for key, text in pairs if key in ("data", "data.source")}
+    if len(sources) > 1:                                    # a shell makes several of --data=path/{a,b}.tar without quotes
+        fail(f"--data is given {len(sources)} times: name several sources as --data=a,b, and put braces in quotes")
     name = dict(pairs).get("config", default)
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, 1)

@@ -861,11 +861,14 @@ def main():
             print(f"    {width} x {height} pixels: {count:,}")
     if train.prepared:
         return                                          # nothing to see
-    name = "emoji" if train.emoji else re.sub(r"[^\w.-]+", "_", config.data.source).strip("_")[-60:]
+    name = "emoji" if train.emoji else re.sub(r"[^\w.-]+", "_", config.data.source)[-60:].strip("_.")
     target = Path("out") / f"{name}.png"
     sheet(train, target)
     print("wrote", target)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:                            # a folder that may not be read, or written to
+        fail(f"{error.filename}: {reason(error)}")

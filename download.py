@@ -253,8 +253,10 @@ class Store:
             try:
                 return action()
             except FileNotFoundError as error:
-                fail(f"{self.url}: {what}: {reason(error)}")
+                fail(f"{self.url}: {what}: it is not there, or its host does not answer ({reason(error)})")
             except Exception as error:                  # every store has its own
+                if "Credential" in type(error).__name__:
+                    fail(f"{self.url}: {reason(error)}: set those of your store (AWS_ACCESS_KEY_ID, ... for s3)")
                 if tried == TRIES - 1:
                     fail(f"{self.url}: {what} failed {TRIES} times: {reason(error)}")
                 tqdm.write(f"{self.url}: {what}: {reason(error)}; trying again in {2 ** tried} s")

@@ -1302,7 +1302,8 @@ def fail_without_captions(records, source):
     message = f"{source.label} has no captions that are known by name"
     if columns:
         fail(f"{message}: which of {', '.join(columns)} holds them? Say it with --data.caption={notes}")
-    fail(f"{message}{notes}{WANTED}")
+    fail(f"{source.label}: its pictures have no captions{notes}: want a.txt (a caption a line), a.caption or a.json "
+         "beside a.png, or a table such as metadata.jsonl that names the pictures")
 
 
 def fail_without_pictures(root, folder, found):
@@ -1311,7 +1312,7 @@ def fail_without_pictures(root, folder, found):
         fail_on_links(folder / name, root)
     if found.packed:
         fail(f"{root} holds compressed files such as {found.packed[0]}: "
-             "unpack them (tar -xf, gunzip), then name the folder")
+             "unpack them, then name the folder")
     there = ", ".join(f"{count} {what}" for what, count in found.left_out.items() if count) or "nothing"
     fail(f"no pictures in {root}{WANTED}; there is {there}, {len(found.tables)} tables")
 
