@@ -871,4 +871,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:                            # a folder that may not be read, or written to
-        fail(f"{error.filename}: {reason(error)}")
+        fail(f"{error.filename or 'output'}: {reason(error)}")

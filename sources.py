@@ -1244,9 +1244,14 @@ def choose_columns(files, options, folder, tables, asked, source):
     for file in looked_at:
         column = attempt(file.picture_column) if isinstance(file, Parquet) else None
         if column:
-            source.notes.append(f"pictures from {column}")
-    note = f"captions from {', '.join(options.columns) or 'nothing'}"
-    source.notes.append(f"{note} (others: {', '.join(others)})" if others else note)
+            rest = [name for name in picture_columns(parquet_file(file.path, os.getpid())) if name != column]
+            source.notes.append(with_others(f"pictures from {column}", rest))
+    source.notes.append(with_others(f"captions from {', '.join(options.columns) or 'nothing'}", others))
+
+
+def with_others(note, others):
+    """Add the candidates that were not chosen to a note."""
+    return f"{note} (others: {', '.join(others)})" if others else note
 
 
 def peek_at(files):
