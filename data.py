@@ -765,13 +765,18 @@ def finish(batch, dataset, tokenize):
 
 
 def begin_loader(_):
-    """Prepare a loader process: it outlives Ctrl-C, which reaches it too, until the main process has saved.
+    """Prepare a loader process: it outlives Ctrl-C, and a SIGTERM to all, until the main process has saved.
 
-    What it was forked with is never collected in it: finalizers would close connections that it shares with that one.
+    What it was forked with is never collected in it: finalizers would close connections that both share.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
     gc.freeze()
+
+
+def ignore_once(number, _):
+    """Ignore a signal, but obey the next: a main process that ends sends it until its loaders are gone."""
+    signal.signal(number, signal.SIG_DFL)
 
 
 def batches(dataset, tokenize, config, start_step=0, rank=0, world=1):
